@@ -1,0 +1,137 @@
+"""The one place where an implementation of an operation is chosen.
+
+Each implementation registers itself with a function `why_not(inputs) -> list[str]`: every reason why it cannot
+take these inputs, none if it can. An implementation asked for by name raises with all its reasons and never falls
+back. "auto" walks the implementations of an operation in order of preference and logs, once for each
+choice, what it took.
+
+Who asks, strongest first: the `impl=` argument, the innermost `use_impl()`, the variable STEPDPO_IMPL
+("chunked" for all operations, or "linear_logprob=chunked,tree_attention=reference"), "auto".
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+logger = logging.getLogger("stepdpo_kernels")
+
+# Order of preference for "auto", over all operations.
+PREFERENCE = ("triton", "varlen", "cpu", "chunked", "reference")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation; `inputs` of `why_not` are the operation's own arguments."""
+
+    op: str
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[[dict[str, Any]], list[str]]
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_chosen_in_context: ContextVar[dict[str, str]] = ContextVar("stepdpo_impl", default={})  # noqa: B039 (never mutated)
+
+
+def register(op: str, name: str, run: Callable[..., Any], why_not: Callable[[dict[str, Any]], list[str]]) -> None:
+    if name not in PREFERENCE:
+        raise ValueError(f"implementation {name!r} of {op} is not one of {', '.join(PREFERENCE)}")
+    _implementations.setdefault(op, {})[name] = Implementation(op, name, run, why_not)
+
+
+def implementations(op: str) -> list[str]:
+    """Names of what is registered for `op`, the preferred first."""
+    return [name for name in PREFERENCE if name in _implementations[op]]
+
+
+@contextmanager
+def use_impl(everywhere: str | None = None, /, **by_op: str) -> Iterator[None]:
+    """Within this context, use one implementation for every operation that has it, or one per operation by name.
+
+        with use_impl("reference"): ...
+        with use_impl(linear_logprob="chunked", tree_attention="reference"): ...
+
+    Does not cross threads: gradient checkpointing that recomputes on the autograd thread of a GPU sees "auto".
+    Use STEPDPO_IMPL for that. Raises ValueError for a name that nothing has.
+    """
+    wanted = dict(_chosen_in_context.get())
+    if everywhere is not None:
+        _check_known("*", everywhere)
+        wanted = {"*": everywhere}
+    for op, name in by_op.items():
+        _check_known(op, name)
+        wanted[op] = name
+    token = _chosen_in_context.set(wanted)
+    try:
+        yield
+    finally:
+        _chosen_in_context.reset(token)
+
+
+def _check_known(op: str, name: str) -> None:
+    if op != "*" and op not in _implementations:
+        raise ValueError(f"no operation {op!r}; there are: {', '.join(sorted(_implementations))}")
+    known = implementations(op) if op != "*" else [n for n in PREFERENCE if any(n in i for i in _implementations.values())]
+    if name not in (*known, "auto"):
+        where = f"operation {op!r}" if op != "*" else "any operation"
+        raise ValueError(f"no implementation {name!r} of {where}; there are: auto, {', '.join(known)}")
+
+
+@lru_cache(maxsize=8)
+def _parse_environment(text: str) -> dict[str, str]:
+    wanted = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, _, name = part.rpartition("=")
+        op, name = (op or "*").strip(), name.strip()
+        try:
+            _check_known(op, name)
+        except ValueError as error:
+            raise ValueError(f"environment variable STEPDPO_IMPL={text!r}: {error}") from None
+        wanted[op] = name
+    return wanted
+
+
+def _requested(op: str) -> str:
+    for wanted in (_chosen_in_context.get(), _parse_environment(os.environ.get("STEPDPO_IMPL", ""))):
+        if op in wanted:
+            return wanted[op]
+        # "everywhere" means every operation that has it
+        if "*" in wanted and wanted["*"] in _implementations[op]:
+            return wanted["*"]
+    return "auto"
+
+
+def choose(op: str, impl: str, inputs: dict[str, Any]) -> Implementation:
+    """The implementation of `op` to use for these inputs.
+
+    Raises ValueError when the implementation asked for by name is unknown or cannot take the inputs, with all its
+    reasons, and when under "auto" none can.
+    """
+    candidates = _implementations[op]
+    name = impl if impl != "auto" else _requested(op)
+    if name != "auto":
+        _check_known(op, name)
+        reasons = candidates[name].why_not(inputs)
+        if reasons:
+            raise ValueError(f"implementation {name!r} of {op} cannot take these inputs: {'; '.join(reasons)}")
+        return candidates[name]
+    refusals = []
+    for name in implementations(op):
+        reasons = candidates[name].why_not(inputs)
+        if not reasons:
+            _log_choice(op, name, "; ".join(refusals))
+            return candidates[name]
+        refusals.append(f"not {name}: {', '.join(reasons)}")
+    raise ValueError(f"no implementation of {op} can take these inputs: {'; '.join(refusals)}")
+
+
+@lru_cache(maxsize=256)
+def _log_choice(op: str, name: str, refusals: str) -> None:
+    logger.info("%s: using %s%s", op, name, f" ({refusals})" if refusals else "")

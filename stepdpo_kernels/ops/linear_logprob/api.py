@@ -1,0 +1,98 @@
+"""`linear_logprob`: log-probs of target tokens straight from hidden states, without the logits in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepdpo_kernels import _dispatch
+from stepdpo_kernels.ops.linear_logprob import chunked, cpu_kernel, reference
+
+
+def linear_logprob(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (R,) int64
+    *,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:  # (R,) float32
+    """Log-probability of each row's target token under softmax(hidden @ weight.T), for any upstream gradient.
+
+    With z = logit_scale * (hidden @ weight.T + bias), and z <- softcap * tanh(z / softcap) where a softcap is given,
+    returns log softmax(z)[r, target[r]]. Differentiable in hidden, weight and bias; a gradient that nobody
+    asked for costs nothing.
+
+    Args:
+        hidden: (R, D) float32, bfloat16, float16 or float64. R = 0 is fine.
+        weight: (V, D), the dtype of hidden. Under torch.autocast both are cast to its dtype first.
+        target: (R,) int64 in [0, V).
+        bias: (V,), optional.
+        softcap: cap on the logits' magnitude (Gemma 2), positive.
+        logit_scale: factor on the logits (Cohere; the inverse of Granite's divisor).
+        impl: "auto", or the name of an implementation, which then raises rather than falls back.
+
+    Returns:
+        (R,) float32 (float64 for float64 inputs), in nats.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a target outside the vocabulary (on CUDA a
+            device-side assertion, to spare a synchronisation), or an `impl` that cannot take the inputs.
+    """
+    _check(hidden, weight, target, bias, softcap, logit_scale)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one, or use torch.autocast")
+    if not hidden.shape[0]:
+        # No rows: nothing to compute, but the (zero) gradient still flows.
+        nothing = hidden.sum() + weight[:0].sum() + (0 if bias is None else bias[:0].sum())
+        return nothing.to(torch.promote_types(hidden.dtype, torch.float32)).expand(0)
+    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+    inputs = {"hidden": hidden, "weight": weight, "target": target, **options}
+    implementation = _dispatch.choose("linear_logprob", impl, inputs)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return implementation.run(hidden, weight, target, **options)
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be (R, D) and weight (V, D) with the same D, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    if target.shape != (rows,) or target.dtype != torch.int64:
+        raise ValueError(f"target must be ({rows},) int64, got {tuple(target.shape)} {target.dtype}")
+    if bias is not None and bias.shape != (vocabulary,):
+        raise ValueError(f"bias must be ({vocabulary},), got {tuple(bias.shape)}")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+    if len({t.device for t in (hidden, weight, target, bias) if t is not None}) != 1:
+        raise ValueError(f"hidden, weight, target and bias must be on one device, got {hidden.device}, {weight.device}, {target.device}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if logit_scale is not None and not abs(logit_scale) < float("inf"):
+        raise ValueError(f"logit_scale must be finite, got {logit_scale}")
+    in_range = ((target >= 0) & (target < vocabulary)).all()
+    if target.device.type == "cpu":
+        if not in_range:
+            worst = int(target[((target < 0) | (target >= vocabulary)).nonzero()[0, 0]])
+            raise ValueError(f"target holds {worst}, outside the vocabulary 0..{vocabulary - 1}")
+    else:
+        torch._assert_async(in_range, "a target lies outside the vocabulary")
+
+
+_dispatch.register("linear_logprob", "cpu", cpu_kernel.linear_logprob, cpu_kernel.why_not)
+_dispatch.register("linear_logprob", "chunked", chunked.linear_logprob, chunked.why_not)
+_dispatch.register("linear_logprob", "reference", reference.linear_logprob, lambda inputs: [])
