@@ -1,0 +1,57 @@
+"""Sums over ragged lists of rows, deterministic forward and backward.
+
+`index_select` and `index_add` accumulate gradients of repeated rows with atomics on CUDA, in arrival order, and in
+the input's own dtype. Both directions here are one gather and one ordered float32 sum per segment, because a `Ragged`
+carries its transpose.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdpo_kernels.types import Ragged
+
+
+def _segment_sum(x: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
+    """(rows, ...): row r is the sum of the next lengths[r] entries of x[index], 0 for none; at least float32."""
+    data = x.index_select(0, index).to(torch.promote_types(x.dtype, torch.float32))
+    flat = data.reshape(data.shape[0], -1)  # segment_reduce wants (N, C)
+    total = torch.segment_reduce(flat, "sum", lengths=lengths, axis=0, initial=0, unsafe=True)
+    return total.reshape(lengths.shape[0], *x.shape[1:])
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ragged: Ragged) -> Tensor:
+        ctx.ragged, ctx.dtype = ragged, x.dtype
+        return _segment_sum(x, ragged.index, ragged.lengths).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _segment_sum(grad, ctx.ragged.t_index, ctx.ragged.t_lengths).to(ctx.dtype), None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ragged: Ragged) -> Tensor:
+        ctx.ragged, ctx.dtype = ragged, x.dtype
+        return x.index_select(0, ragged.index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _segment_sum(grad, ctx.ragged.t_index, ctx.ragged.t_lengths).to(ctx.dtype), None
+
+
+def sum_rows(x: Tensor, ragged: Ragged) -> Tensor:
+    """`M @ x` for the 0/1 matrix M that `ragged` is: x (columns, ...) -> (rows, ...) in x's dtype."""
+    return _SumRows.apply(x, ragged)
+
+
+def gather_rows(x: Tensor, ragged: Ragged) -> Tensor:
+    """`x[ragged.index]` for a `ragged` of one column a row: x (columns, ...) -> (rows, ...)."""
+    return _GatherRows.apply(x, ragged)
