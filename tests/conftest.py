@@ -8,6 +8,7 @@ shared_data                folder with the maintainers' real data, or the test i
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import shutil
@@ -41,6 +42,13 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # The same examples in every run, and no failure for being slow on a busy machine.
+    settings.register_profile("stepdpo", deadline=None, derandomize=True, database=None)
+    settings.load_profile("stepdpo")
 
 
 def pytest_unconfigure() -> None:
@@ -100,7 +108,7 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
         model_config: Any = config_class(**{**settings, **config})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: PreTrainedModel = model_class(model_config)
+            model: Any = model_class(model_config)
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.ndim > 1:
