@@ -1,0 +1,91 @@
+"""`StepDPOConfig`: transformers' TrainingArguments with the paper's defaults and what Step-DPO adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from stepdpo_kernels.loss import LOSS_TYPES
+from stepdpo_kernels.packing import SHARE_MODES
+from stepdpo_kernels.types import StepDPOError
+
+REFERENCES = ("precomputed", "none")
+
+
+@dataclass
+class StepDPOConfig(TrainingArguments):
+    """Arguments of StepDPOTrainer: every field of `transformers.TrainingArguments`, and the ones below.
+
+    The defaults are those of the released Step-DPO training scripts for the 72B model (Lai et al. 2024): beta 0.4,
+    128 pairs an optimiser step, 4 epochs, learning rate 5e-7 with cosine decay after 10% of warm-up, sequences of at
+    most 1,024 tokens.
+
+    An optimiser step takes `pairs_per_step` pairs over all processes, or the product of per_device_train_batch_size,
+    gradient_accumulation_steps and the number of processes where pairs_per_step is not given. How they are split
+    into forward passes is decided by `max_tokens_per_batch` and does not change the gradient; afterwards
+    per_device_train_batch_size is the number of pairs a process takes for a step, and gradient_accumulation_steps is 1.
+
+    Raises StepDPOError for a value outside its range, by field.
+    """
+
+    learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1 a share of all steps."})
+    num_train_epochs: float = field(default=4.0, metadata={"help": "Passes over the pairs."})
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"help": "With gradient_accumulation_steps: pairs an optimiser step, see pairs_per_step."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=16, metadata={"help": "With per_device_train_batch_size: pairs an optimiser step, see pairs_per_step."}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many optimiser steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses in logs."})
+    save_steps: float = field(default=100, metadata={"help": "Save a checkpoint every so many optimiser steps."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: pairs have no columns."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Where to report metrics."})
+
+    beta: float = field(default=0.4, metadata={"help": "Strength of the pull towards the reference."})
+    loss_type: str = field(default="sigmoid", metadata={"help": f"Pair loss: {', '.join(LOSS_TYPES)}."})
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Probability that a preference is the wrong way round (cDPO), in [0, 0.5)."}
+    )
+    pairs_per_step: int | None = field(
+        default=None, metadata={"help": "Pairs of one optimiser step, over all processes. 128 unless given."}
+    )
+    max_tokens_per_batch: int = field(
+        default=8192, metadata={"help": "Token budget of one forward pass; shared tokens count once."}
+    )
+    share: str = field(
+        default="tree", metadata={"help": "Which prefixes are encoded once: tree (all), pair (of a pair), none."}
+    )
+    reference: str = field(
+        default="precomputed",
+        metadata={"help": "Reference log-probs: precomputed (once, cached on disk) or none (reference-free)."},
+    )
+    reference_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where reference log-probs are cached. Default: the user's cache folder."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in (("loss_type", LOSS_TYPES), ("share", SHARE_MODES), ("reference", REFERENCES)):
+            if getattr(self, name) not in choices:
+                raise StepDPOError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not 0 < self.beta < float("inf"):
+            raise StepDPOError(f"beta must be positive and finite, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise StepDPOError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.max_tokens_per_batch < 1:
+            raise StepDPOError(f"max_tokens_per_batch must be at least 1, got {self.max_tokens_per_batch}")
+        if self.remove_unused_columns:
+            raise StepDPOError("remove_unused_columns must be False: step pairs have no columns")
+        super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+        if self.pairs_per_step is None:
+            self.pairs_per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        if self.pairs_per_step < 1 or self.pairs_per_step % self.world_size:
+            raise StepDPOError(
+                f"pairs_per_step must be a positive multiple of the {self.world_size} processes, got {self.pairs_per_step}"
+            )
+        self.per_device_train_batch_size = self.pairs_per_step // self.world_size
+        self.gradient_accumulation_steps = 1
