@@ -1,0 +1,67 @@
+# What there is to do with a checkout. Each target makes its own environment in .venv first: nothing else to install.
+#
+#     make demo    train a small model from scratch on its own mistakes and show what came of it
+#     make test    the tests that take seconds
+#     make slow    the tests that take minutes
+#     make lint    style, types, layers
+#     make bench   the benchmarks
+#     make gpu     the tests that need a GPU, then the benchmarks
+#     make clean   remove what these targets made
+#
+# On a machine that has torch, pytest and the rest, make PY=python test uses those and installs nothing.
+
+.DELETE_ON_ERROR:
+.PHONY: demo test slow lint bench gpu clean env
+
+PYTHON ?= python3
+# Alone and first: asking for "torch" together with the rest would let pip choose another one.
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY ?= $(VENV)/bin/python
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+ENV := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.package)
+
+demo: $(ENV)
+	$(PY) -m examples.miniature
+
+test: $(ENV)
+	$(PY) -m pytest -m "not slow and not gpu"
+
+slow: $(ENV)
+	$(PY) -m pytest -m "slow and not gpu"
+
+lint: $(ENV)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(PY) -c "from importlinter.cli import lint_imports_command as main; main()"
+
+bench: $(ENV)
+	$(PY) -m benchmarks run
+
+gpu: $(ENV)
+	$(PY) -m pytest -m gpu
+	$(PY) -m benchmarks run
+
+env: $(ENV)
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH)
+	touch $@
+
+$(VENV)/.requirements: $(VENV)/.torch requirements-dev.txt
+	$(PIP) install --no-deps -r requirements-dev.txt
+	touch $@
+
+# Without build isolation, so that the C++ operators are built against this torch.
+$(VENV)/.package: $(VENV)/.requirements pyproject.toml $(wildcard setup.py csrc/*)
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis \
+		.benchmarks .cache runs
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -f stepdpo_kernels/_C*.so
