@@ -7,6 +7,7 @@ carries its transpose.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from stepdpo_kernels.types import Ragged
 def _segment_sum(x: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
     """(rows, ...): row r is the sum of the next lengths[r] entries of x[index], 0 for none; at least float32."""
     data = x.index_select(0, index).to(torch.promote_types(x.dtype, torch.float32))
-    flat = data.reshape(data.shape[0], -1)  # segment_reduce wants (N, C)
+    flat = data.reshape(data.shape[0], math.prod(x.shape[1:]))  # segment_reduce wants (N, C)
     total = torch.segment_reduce(flat, "sum", lengths=lengths, axis=0, initial=0, unsafe=True)
     return total.reshape(lengths.shape[0], *x.shape[1:])
 

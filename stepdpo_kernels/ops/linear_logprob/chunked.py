@@ -67,7 +67,8 @@ class _ChunkedLogprob(torch.autograd.Function):
                 inside, local = _target_in(target[rows], cols)
                 hit = z.gather(1, local[:, None])[:, 0]
                 target_logit[rows] = torch.where(inside, hit, target_logit[rows])
-                new_top = torch.maximum(top, z.amax(dim=1))
+                # finite also where every logit so far is -inf
+                new_top = torch.maximum(top, z.amax(dim=1)).clamp_(min=torch.finfo(compute).min)
                 chunk_sum = z.sub_(new_top[:, None]).exp_().sum(dim=1)
                 total = total * torch.exp(top - new_top) + chunk_sum
                 top = new_top
