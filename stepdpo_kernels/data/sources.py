@@ -1,0 +1,193 @@
+"""Where records come from: JSONL (also gzipped), JSON and Parquet files, folders of them, the hub."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from stepdpo_kernels.data.records import FIELDS, RawRecord, shorten
+from stepdpo_kernels.types import StepDPOError
+
+PARQUET_ROWS = 1024
+
+
+class Source(NamedTuple):
+    """An opened source: the names of its files, and its records in order."""
+
+    files: tuple[str, ...]
+    records: Iterator[RawRecord]
+
+
+def open_source(path_or_hub_id: str | os.PathLike[str], split: str) -> Source:
+    """Records of a file, of a folder of files, or, where neither is there, of a dataset on the hub.
+
+    A folder is read file by file in the order of their names, also in folders below it. Where some of its files
+    are named after `split` (train.jsonl, train-00000-of-00002.parquet) only those are read.
+    A file or a Parquet row group at a time is the most that is ever held, and of JSONL only a line.
+
+    Raises StepDPOError for a path without data, a file that is not what its name says, and an empty file.
+    """
+    name = os.fspath(path_or_hub_id)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = _files_of(path, split)
+        names = tuple(file.relative_to(path).as_posix() for file in files)
+        return Source(names, _chain(files, names))
+    if path.exists():
+        if _reader(path) is None:
+            raise StepDPOError(f"{name}: not a kind of file that holds step pairs; the name must end in {_kinds()}")
+        return Source((path.name,), _chain([path], (path.name,)))
+    if not isinstance(path_or_hub_id, str) or _looks_like_path(name):
+        raise StepDPOError(f"{name}: no such file or folder")
+    return Source((name,), _hub_records(name, split))
+
+
+def _kinds() -> str:
+    return ", ".join(READERS)
+
+
+def _reader(path: Path) -> Callable[[Path, str], Iterator[RawRecord]] | None:
+    return next((read for suffix, read in READERS.items() if path.name.lower().endswith(suffix)), None)
+
+
+def _looks_like_path(name: str) -> bool:
+    return (
+        name.startswith((".", "~", os.sep))
+        or name.endswith((*READERS, ".gz", ".csv", ".txt", "/"))
+        or "\\" in name
+        or name.count("/") > 1
+    )
+
+
+def _files_of(folder: Path, split: str) -> list[Path]:
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and _reader(file) and not any(p.startswith(".") for p in file.relative_to(folder).parts)
+    ]
+    if not files:
+        raise StepDPOError(f"{folder}: a folder without data files; it must hold files whose names end in {_kinds()}")
+    word = re.compile(rf"(?:^|[-_.]){re.escape(split)}(?:[-_.]|$)")
+    return [file for file in files if word.search(file.name)] or files
+
+
+def _chain(files: list[Path], names: tuple[str, ...]) -> Iterator[RawRecord]:
+    for file, name in zip(files, names, strict=True):
+        read = _reader(file)
+        assert read is not None
+        empty = True
+        for record in read(file, name):
+            empty = False
+            yield record
+        if empty:
+            raise StepDPOError(f"{name}: the file holds no records")
+
+
+def _decode(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad = line[error.start : error.start + 8]
+        raise StepDPOError(f"{where}: not UTF-8 at byte {error.start + 1}: {bad!r}; save the file as UTF-8") from error
+
+
+def _parse(text: str, where: str, hint: str = "") -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
+        near = shorten(text[max(error.pos - 30, 0) : error.pos + 30])
+        raise StepDPOError(f"{where}: malformed JSON: {error.msg} at {at}, near {near}{hint}") from error
+    except (ValueError, RecursionError) as error:
+        raise StepDPOError(f"{where}: JSON that cannot be read: {error}") from error
+
+
+def _read_lines(path: Path, name: str, opened: Callable[[Path], BinaryIO | gzip.GzipFile]) -> Iterator[RawRecord]:
+    number = 0
+    try:
+        with opened(path) as file:
+            for number, line in enumerate(file, start=1):
+                where = f"{name}, line {number}"
+                text = _decode(line, where)
+                if number == 1:
+                    text = text.removeprefix("\ufeff")  # a byte order mark
+                if text.strip():
+                    yield RawRecord(where, f"{name}:{number}", _parse(text.rstrip("\r\n"), where))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise StepDPOError(f"{name}, after line {number}: the gzip file is damaged: {error}") from error
+
+
+def _read_jsonl(path: Path, name: str) -> Iterator[RawRecord]:
+    return _read_lines(path, name, lambda p: p.open("rb"))
+
+
+def _read_jsonl_gz(path: Path, name: str) -> Iterator[RawRecord]:
+    return _read_lines(path, name, lambda p: gzip.open(p, "rb"))
+
+
+def _read_json(path: Path, name: str) -> Iterator[RawRecord]:
+    text = _decode(path.read_bytes(), name).removeprefix("\ufeff")
+    if not text.strip():
+        return
+    value = _parse(text, name, "; a file with one record a line must be named .jsonl")
+    if not isinstance(value, list):
+        raise StepDPOError(
+            f"{name}: a JSON file must hold a list of records, got {type(value).__name__} {shorten(value)}; "
+            "a file with one record a line must be named .jsonl"
+        )
+    for number, record in enumerate(value, start=1):
+        yield RawRecord(f"{name}, record {number}", f"{name}:{number}", record)
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[RawRecord]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise StepDPOError(f"{name}: reading Parquet needs the package pyarrow: pip install pyarrow") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = [column for column in file.schema_arrow.names if column in FIELDS]
+            number = 0
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield RawRecord(f"{name}, row {number}", f"{name}:{number}", record)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise StepDPOError(f"{name}: cannot be read as Parquet: {error}") from error
+
+
+def _hub_records(name: str, split: str) -> Iterator[RawRecord]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise StepDPOError(
+            f"{name}: no such file or folder, and a dataset on the hub needs the package datasets: pip install datasets"
+        ) from error
+    try:
+        dataset = load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise StepDPOError(
+            f"{name}: no such file or folder, and loading it from the hub with split {split!r} failed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    empty = True
+    for number, record in enumerate(dataset, start=1):
+        empty = False
+        yield RawRecord(f"{name}, split {split}, row {number}", f"{name}:{number}", dict(record))
+    if empty:
+        raise StepDPOError(f"{name}: split {split!r} holds no records")
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[RawRecord]]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl_gz,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
