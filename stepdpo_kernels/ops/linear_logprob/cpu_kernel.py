@@ -1,15 +1,140 @@
-"""The C++ CPU operator (csrc/). Placeholder until the extension lands."""
+"""The C++ CPU operator: float32 and bfloat16, logits only as tiles in cache. Its maths is in csrc/linear_logprob.cpp.
+
+Forward computes dX up to the upstream gradient while W is at hand, and keeps E = exp(z - z_target) in the input dtype
+for as much of the vocabulary as `kept_tiles` allows; backward recomputes the rest. So a full backward costs three
+products in all where everything is kept and four where nothing is; a frozen head two, log-probs alone one.
+"""
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
+
+logger = logging.getLogger("stepdpo_kernels")
+
+VOCAB_TILE = 128  # kVocab in csrc/linear_logprob.cpp
+LANES = 16  # rows are padded to a multiple of this
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def kept_tiles(rows: int, hidden_size: int, vocabulary: int, element_bytes: int, limit_bytes: int | None = None) -> int:
+    """How many tiles of the vocabulary forward keeps E of, for a backward that needs dW.
+
+    As many as fit into a bfloat16 [min(R, 2D), V], which at R > 2D is the size of a float32 dW; or into `limit_bytes`
+    if that is less.
+    """
+    budget = 2 * min(rows, 2 * hidden_size) * vocabulary
+    if limit_bytes is not None:
+        budget = min(budget, limit_bytes)
+    tile = VOCAB_TILE * _padded(rows) * element_bytes
+    return min(budget // tile, -(-vocabulary // VOCAB_TILE))
+
+
+def _padded(rows: int) -> int:
+    return (rows + LANES - 1) // LANES * LANES
+
+
+def _load() -> str | None:
+    """Registers the operators; why not, if it cannot."""
+    try:
+        import stepdpo_kernels._C  # type: ignore[import-not-found]  # noqa: F401
+    except ModuleNotFoundError:
+        return "the C++ extension is not built"
+    except ImportError as error:
+        return f"the C++ extension does not load, build it again with this torch ({error})"
+    _register()
+    return None
+
+
+def _register() -> None:
+    ops = torch.ops.stepdpo_kernels
+
+    @torch.library.register_fake("stepdpo_kernels::linear_logprob_forward")
+    def _(hidden, weight, target, bias, softcap, logit_scale, need_hidden, kept_tiles):  # type: ignore[no-untyped-def]
+        rows = hidden.shape[0]
+        return (
+            hidden.new_empty(rows, dtype=torch.float32),
+            hidden.new_empty(3, rows, dtype=torch.float32),
+            hidden.new_empty(hidden.shape if need_hidden else (0, 0), dtype=torch.float32),
+            hidden.new_empty(kept_tiles * VOCAB_TILE * _padded(rows)),
+        )
+
+    @torch.library.register_fake("stepdpo_kernels::linear_logprob_backward")
+    def _(grad, row, kept, hidden, weight, target, bias, softcap, logit_scale, need_weight, need_bias):  # type: ignore[no-untyped-def]
+        return (
+            weight.new_empty(weight.shape if need_weight else (0, 0)),
+            weight.new_empty(weight.shape[0] if need_bias else 0, dtype=torch.float32),
+        )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, target, bias, ctx.softcap, ctx.logit_scale, ctx.has_d_hidden, _ = inputs
+        _, row, d_hidden, kept = output
+        ctx.mark_non_differentiable(row, d_hidden, kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, target, bias, row, d_hidden, kept)
+
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        hidden, weight, target, bias, row, d_hidden, kept = ctx.saved_tensors
+        need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+        if grad is None:
+            return (None,) * 8
+        dx = dw = db = None
+        if need_hidden:
+            dx = (grad[:, None] * d_hidden).to(hidden.dtype)
+        if need_weight or need_bias:
+            dw, db = ops.linear_logprob_backward(
+                grad, row, kept, hidden, weight, target, bias, ctx.softcap, ctx.logit_scale, need_weight, need_bias
+            )
+        return dx, dw if need_weight else None, None, db.to(bias.dtype) if need_bias else None, None, None, None, None
+
+    torch.library.register_autograd("stepdpo_kernels::linear_logprob_forward", backward, setup_context=setup_context)
+
+
+_missing = _load()
+
+
+@cache
+def _log_missing() -> None:
+    logger.info("linear_logprob on CPUs runs in plain torch: %s", _missing)
 
 
 def why_not(inputs: dict[str, Any]) -> list[str]:
-    return ["the C++ extension is not built"]
+    hidden, weight, bias = inputs["hidden"], inputs["weight"], inputs["bias"]
+    if hidden.device.type != "cpu":
+        return [f"it runs on CPUs, and hidden is on {hidden.device}"]
+    reasons = []
+    if _missing:
+        _log_missing()
+        reasons.append(_missing)
+    if hidden.dtype not in DTYPES:
+        reasons.append(f"it takes float32 and bfloat16, and hidden is {hidden.dtype}")
+    elif weight.dtype != hidden.dtype:
+        reasons.append(f"weight is {weight.dtype} and hidden is {hidden.dtype}")
+    if bias is not None and bias.dtype not in DTYPES:
+        reasons.append(f"it takes a float32 or bfloat16 bias, and bias is {bias.dtype}")
+    return reasons
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
-    raise RuntimeError("the C++ extension is not built")
+def linear_logprob(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (R,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    keep_bytes: int | None = None,
+) -> Tensor:  # (R,)
+    """As `api.linear_logprob`; keep_bytes lowers what forward may keep for backward, 0 for the least memory."""
+    grads = torch.is_grad_enabled()
+    need_weight = grads and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    tiles = kept_tiles(*hidden.shape, weight.shape[0], hidden.element_size(), keep_bytes) if need_weight else 0
+    logp, *_ = torch.ops.stepdpo_kernels.linear_logprob_forward(
+        hidden, weight, target, bias, softcap, logit_scale, grads and hidden.requires_grad, tiles
+    )
+    return logp
