@@ -100,3 +100,18 @@ def test_benchmarks_and_examples_do_without_tests() -> None:
     assert imports_of("def f():\n    from tests.conftest import x") == {"tests"}
     files = [path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
     assert [path for path in files if "tests" in imports_of(path.read_text())] == []
+
+
+def public_names_taken(source: str) -> list[str]:
+    """Names that source takes from the package's top level, which is for users: parts import from parts."""
+    from_top = [
+        n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module == "stepdpo_kernels"
+    ]
+    return [a.name for node in from_top for a in node.names if a.name not in (*MAY_IMPORT, "__version__")]
+
+
+def test_no_part_imports_through_the_public_names() -> None:
+    sample = "from stepdpo_kernels import _dispatch, StepDPOLoss\nfrom stepdpo_kernels.types import StepPair"
+    assert public_names_taken(sample) == ["StepDPOLoss"]
+    files = (ROOT / "stepdpo_kernels").rglob("*.py")
+    assert [path for path in files if public_names_taken(path.read_text())] == []
