@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from stepdpo_kernels.loss import LOSS_TYPES
@@ -39,11 +40,12 @@ class StepDPOConfig(TrainingArguments):
     gradient_accumulation_steps: int = field(
         default=16, metadata={"help": "With per_device_train_batch_size: pairs an optimiser step, see pairs_per_step."}
     )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pairs packed together in evaluation."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many optimiser steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses in logs."})
     save_steps: float = field(default=100, metadata={"help": "Save a checkpoint every so many optimiser steps."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: pairs have no columns."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Where to report metrics."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where to report metrics."})
 
     beta: float = field(default=0.4, metadata={"help": "Strength of the pull towards the reference."})
     loss_type: str = field(default="sigmoid", metadata={"help": f"Pair loss: {', '.join(LOSS_TYPES)}."})
@@ -79,13 +81,16 @@ class StepDPOConfig(TrainingArguments):
             raise StepDPOError(f"max_tokens_per_batch must be at least 1, got {self.max_tokens_per_batch}")
         if self.remove_unused_columns:
             raise StepDPOError("remove_unused_columns must be False: step pairs have no columns")
+        # Trainer asks for use_cpu before it takes bf16 there; without an accelerator there is nothing else to mean.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
         if self.pairs_per_step is None:
             self.pairs_per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if self.pairs_per_step < 1 or self.pairs_per_step % self.world_size:
             raise StepDPOError(
-                f"pairs_per_step must be a positive multiple of the {self.world_size} processes, got {self.pairs_per_step}"
+                f"pairs_per_step must be a positive multiple of the {self.world_size} processes, "
+                f"got {self.pairs_per_step}"
             )
         self.per_device_train_batch_size = self.pairs_per_step // self.world_size
         self.gradient_accumulation_steps = 1

@@ -1,8 +1,8 @@
 """Reference log-probs: one packed pass over all pairs, cached on disk.
 
-A cache file belongs to a key: a hash over the reference's weights, the token ids of the pairs, the packing, the
-precision and the versions of the libraries that computed it. Another model, tokenizer, dataset or version makes
-another key, so a stale file is never read.
+A cache file belongs to a key: a hash over the reference's weights, the token ids of the pairs, how they are drawn and
+packed, the precision and the versions of the libraries that computed it. Another model, tokenizer, dataset or version
+makes another key, so a stale file is never read.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,8 +27,7 @@ from tqdm.auto import tqdm
 import stepdpo_kernels
 from stepdpo_kernels.loss import StepDPOLoss
 from stepdpo_kernels.model import causal_lm, packed_forward
-from stepdpo_kernels.packing import build_batch, plan_bins
-from stepdpo_kernels.types import StepPair
+from stepdpo_kernels.types import PackedBatch, StepPair
 
 
 def default_cache_dir() -> Path:
@@ -68,35 +69,42 @@ def cache_key(model: nn.Module, pairs: Sequence[StepPair], **settings: Any) -> d
 @torch.no_grad()
 def compute_ref_logps(
     model: Any,
-    pairs: Sequence[StepPair],
+    num_pairs: int,
+    steps: Iterable[list[PackedBatch]],
     loss: StepDPOLoss,
+    accelerator: Accelerator,
     *,
-    max_tokens: int,
-    share: str,
     autocast_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Tensor:  # (N, 2)
-    """Branch log-probs of every pair under the model as it is, chosen and rejected, float32 on the CPU."""
-    device = next(model.parameters()).device
+    """Branch log-probs under the model as it is, chosen and rejected, float32; NaN for pairs in none of the steps.
+
+    `steps` are those that the policy is going to see: in the same forests the same weights give the same bits, so a
+    policy that has not moved has margins of exactly zero. Each process computes its own steps; the tables are
+    combined (a pair that two processes had gets the mean).
+    """
+    device = accelerator.device
     head = causal_lm(model).get_output_embeddings()
-    table = torch.empty(len(pairs), 2)
+    table, seen = torch.zeros(num_pairs, 2, device=device), torch.zeros(num_pairs, 1, device=device)
     was_training = model.training
     model.eval()
-    bins = plan_bins(pairs, max_tokens, share=share)
     with (
         torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
-        tqdm(total=len(pairs), desc="reference log-probs", unit="pair", disable=not progress) as bar,
+        tqdm(total=num_pairs, desc="reference log-probs", unit="pair", disable=not progress) as bar,
     ):
-        for indices in bins:
-            batch = build_batch(pairs, indices, share).to(device)
+        for batch in chain.from_iterable(steps):
             logps = loss.packed_logps(packed_forward(model, batch), head.weight, batch, bias=head.bias)
-            table[indices] = logps.view(2, -1).T.float().cpu()
-            bar.update(len(indices))
+            table[batch.pair_index] = logps.view(2, -1).T.float()
+            seen[batch.pair_index] = 1
+            bar.update(batch.num_pairs * accelerator.num_processes)
     model.train(was_training)
-    return table
+    table, seen = accelerator.reduce((table, seen), reduction="sum")
+    return (table / seen).cpu()
 
 
-def load_or_compute(cache_dir: str | os.PathLike[str] | None, key: dict[str, str], compute: Any) -> Tensor:
+def load_or_compute(
+    cache_dir: str | os.PathLike[str] | None, key: dict[str, str], compute: Callable[[], Tensor]
+) -> Tensor:
     """The cached table of a key, or `compute()` put there; the file appears whole or not at all."""
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

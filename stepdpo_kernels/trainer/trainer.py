@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from stepdpo_kernels.data import check_vocabulary
 from stepdpo_kernels.loss import StepDPOLoss, StepDPOOutput
 from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward
 from stepdpo_kernels.packing import tokens_of_pair
-from stepdpo_kernels.trainer.collate import MicroBatch, ReferencedPairs, StepCollator
+from stepdpo_kernels.trainer.collate import IndexedPairs, StepCollator
 from stepdpo_kernels.trainer.config import StepDPOConfig
 from stepdpo_kernels.trainer.loading import load_model
 from stepdpo_kernels.trainer.meter import Meter
@@ -27,7 +29,9 @@ from stepdpo_kernels.trainer.reference import cache_key, compute_ref_logps, load
 from stepdpo_kernels.trainer.run_folder import check_output_dir, read_run_file, staged, write_run_file
 from stepdpo_kernels.types import PackedBatch, StepDPOError, StepPair
 
-# Why a distributed mode of accelerate is refused for now, by its name.
+logger = logging.getLogger("stepdpo_kernels")
+
+# Modes of accelerate in which an uneven number of forward passes would hang a collective.
 _REFUSED_MODES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
 
 
@@ -90,6 +94,7 @@ class StepDPOTrainer(Trainer):
 
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         _check_head(model)
+        _warn_of_lost_updates(model)
         enable_packed_forward(model)
         self.ref_model = ref_model
         self.loss = StepDPOLoss(
@@ -102,8 +107,8 @@ class StepDPOTrainer(Trainer):
             model=model,  # type: ignore[arg-type]
             args=args,
             data_collator=StepCollator(args.max_tokens_per_batch, args.share),  # type: ignore[arg-type]
-            train_dataset=None if train_dataset is None else ReferencedPairs(train_dataset, None),
-            eval_dataset=None if eval_dataset is None else ReferencedPairs(eval_dataset, None),
+            train_dataset=None if train_dataset is None else IndexedPairs(train_dataset),
+            eval_dataset=None if eval_dataset is None else IndexedPairs(eval_dataset),
             processing_class=processing_class,
             **trainer_options,
         )
@@ -121,34 +126,45 @@ class StepDPOTrainer(Trainer):
         """Fills in the reference log-probs of both datasets, once, while the policy is still the reference."""
         if self._references_ready or self.loss.reference_free:
             return
-        datasets = {"train": self.train_dataset, "eval": self.eval_dataset}
-        for name, dataset in datasets.items():
-            if dataset is not None:
-                dataset.ref_logps = self._ref_logps(name, dataset.pairs)
+        if self.train_dataset is not None:
+            self._fill_ref_logps("train", self.train_dataset, self.get_train_dataloader)
+        if self.eval_dataset is not None:
+            self._fill_ref_logps("eval", self.eval_dataset, self.get_eval_dataloader)
         self._references_ready = True
 
-    def _ref_logps(self, name: str, pairs: Sequence[StepPair]) -> Tensor:  # (N, 2)
-        model = self.model if self.ref_model is None else self.ref_model
-        if self.ref_model is not None:
-            self.ref_model.to(self.args.device)
-        autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        packing = {"max_tokens": self.args.max_tokens_per_batch, "share": self.args.share}
-        key = cache_key(model, pairs, autocast=autocast, device=self.args.device.type, **packing)
+    def _fill_ref_logps(self, name: str, dataset: IndexedPairs, dataloader: Callable[[], DataLoader[Any]]) -> None:
+        """Reference log-probs of a dataset, in the forests in which its dataloader first gives its pairs."""
+        args = self.args
+        model = self.model if self.ref_model is None else self.ref_model.to(args.device)
+        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        drawn = {
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+            "pairs_per_step": args.pairs_per_step,
+            "world": args.world_size,
+        }
+        packing = {"max_tokens": args.max_tokens_per_batch, "share": args.share}
+        key = cache_key(model, dataset.pairs, name=name, autocast=autocast, device=args.device.type, **packing, **drawn)
         self._reference_keys[name] = key
+
+        def table_of(steps: Iterable[list[PackedBatch]]) -> Tensor:
+            progress = not args.disable_tqdm and self.is_world_process_zero()
+            return compute_ref_logps(
+                model, len(dataset), steps, self.loss, self.accelerator, autocast_dtype=autocast, progress=progress
+            )
 
         def compute() -> Tensor:
             without_adapter = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
-            with without_adapter:
-                return compute_ref_logps(
-                    model,
-                    pairs,
-                    self.loss,
-                    autocast_dtype=autocast,
-                    progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-                    **packing,
-                )
+            # The order of training must be the same whether this pass ran or a cache was read.
+            with without_adapter, torch.random.fork_rng():
+                table = table_of(dataloader())
+                left = table.isnan().any(dim=1)  # pairs that dataloader_drop_last keeps out of the first epoch
+                if left.any():
+                    step = self.data_collator([dataset[i] for i in left.nonzero()[:, 0].tolist()])
+                    table[left] = table_of([[batch.to(args.device) for batch in step]])[left]
+            return table
 
-        return load_or_compute(self.args.reference_cache_dir, key, compute)
+        dataset.ref_logps = load_or_compute(args.reference_cache_dir, key, compute).to(args.device)
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -179,7 +195,7 @@ class StepDPOTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def training_step(
-        self, model: nn.Module, inputs: list[MicroBatch], num_items_in_batch: Tensor | int | None = None
+        self, model: nn.Module, inputs: list[PackedBatch], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward of all micro-batches of one optimiser step; returns its loss on this process."""
         model.train()
@@ -188,35 +204,33 @@ class StepDPOTrainer(Trainer):
         self._meter.start()
         num_pairs = self._pairs_per_process(inputs)
         total = torch.zeros((), device=self.args.device)
-        for i, (batch, ref_logps) in enumerate(self._prepare_inputs(inputs)):  # type: ignore[arg-type]
+        for i, batch in enumerate(inputs):
             is_last = i == len(inputs) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    output = self._packed_loss(model, batch, ref_logps, num_pairs)
+                    output = self._packed_loss(model, batch, self.train_dataset, num_pairs)
                 self.accelerator.backward(output.loss)
             total += output.loss.detach()
             self._meter.add(batch, output)
         return total
 
-    def _pairs_per_process(self, inputs: list[MicroBatch]) -> float:
+    def _pairs_per_process(self, inputs: list[PackedBatch]) -> float:
         """Pairs of this optimiser step over all processes, divided by the processes that average their gradients."""
-        pairs = sum(batch.num_pairs for batch, _ in inputs)
+        pairs = sum(batch.num_pairs for batch in inputs)
         if self.args.world_size == 1:
             return pairs
         total = self.accelerator.reduce(torch.tensor(float(pairs), device=self.args.device), reduction="sum")
         return float(total) / self.args.world_size
 
     def _packed_loss(
-        self, model: nn.Module, batch: PackedBatch, ref_logps: Tensor | None, num_pairs: float | None
+        self, model: nn.Module, batch: PackedBatch, dataset: IndexedPairs, num_pairs: float
     ) -> StepDPOOutput:
-        return model(
-            packed_batch=batch, head=partial(self._head, batch=batch, ref_logps=ref_logps, num_pairs=num_pairs)
-        )
+        ref_logps = None if dataset.ref_logps is None else dataset.ref_logps[batch.pair_index].T.reshape(-1)  # (2P,)
 
-    def _head(
-        self, hidden: Tensor, head: nn.Linear, *, batch: PackedBatch, ref_logps: Tensor | None, num_pairs: float | None
-    ) -> StepDPOOutput:
-        return self.loss.packed(hidden, head.weight, batch, ref_logps, bias=head.bias, num_pairs=num_pairs)
+        def head(hidden: Tensor, lm_head: nn.Linear) -> StepDPOOutput:
+            return self.loss.packed(hidden, lm_head.weight, batch, ref_logps, bias=lm_head.bias, num_pairs=num_pairs)
+
+        return model(packed_batch=batch, head=head)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -225,13 +239,13 @@ class StepDPOTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """6 FLOPs for each parameter and encoded token, as is usual for forward and backward."""
-        return 6 * sum(batch.num_tokens for batch, _ in inputs) * causal_lm(self.model).num_parameters()
+        return 6 * sum(batch.num_tokens for batch in inputs) * causal_lm(self.model).num_parameters()
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(
         self,
-        eval_dataset: Sequence[StepPair] | ReferencedPairs | None = None,  # type: ignore[override]
+        eval_dataset: Sequence[StepPair] | IndexedPairs | None = None,  # type: ignore[override]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -240,13 +254,13 @@ class StepDPOTrainer(Trainer):
         Raises StepDPOError for another dataset once the policy has moved on, unless there is a ref_model.
         """
         self._prepare_references()
-        if eval_dataset is not None and not isinstance(eval_dataset, ReferencedPairs):
+        if eval_dataset is not None and not isinstance(eval_dataset, IndexedPairs):
             _check_pairs(eval_dataset, "eval_dataset", self.model, self.args)
-            moved = self.ref_model is None and self.state.global_step > 0
-            if moved and not self.loss.reference_free:
-                raise StepDPOError("eval_dataset: give it to StepDPOTrainer at the start, or pass a ref_model")
-            refs = None if self.loss.reference_free else self._ref_logps("eval", eval_dataset)
-            eval_dataset = ReferencedPairs(eval_dataset, refs)
+            eval_dataset = IndexedPairs(eval_dataset)
+            if not self.loss.reference_free:
+                if self.ref_model is None and self.state.global_step > 0:
+                    raise StepDPOError("eval_dataset: give it to StepDPOTrainer at the start, or pass a ref_model")
+                self._fill_ref_logps("eval", eval_dataset, partial(self.get_eval_dataloader, eval_dataset))  # type: ignore[arg-type]
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
 
     @torch.no_grad()
@@ -264,10 +278,9 @@ class StepDPOTrainer(Trainer):
         model.eval()
         meter = Meter()
         meter.start()
-        for inputs in dataloader:
-            for batch, ref_logps in self._prepare_inputs(inputs):
-                with self.compute_loss_context_manager():
-                    meter.add(batch, self._packed_loss(model, batch, ref_logps, num_pairs=1))
+        for batch in chain.from_iterable(dataloader):
+            with self.compute_loss_context_manager():
+                meter.add(batch, self._packed_loss(model, batch, dataloader.dataset, num_pairs=1))  # type: ignore[arg-type]
         means = meter.drain(self.accelerator, losses_are_sums=True)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(
@@ -337,6 +350,18 @@ def _check_head(model: nn.Module) -> None:
         raise StepDPOError(
             f"the language-model head is a {type(head).__name__}, whose adapter the loss would leave out: "
             "take lm_head out of the peft configuration's target_modules and modules_to_save"
+        )
+
+
+def _warn_of_lost_updates(model: nn.Module) -> None:
+    """Adam moves a weight by about the learning rate; bfloat16 keeps 8 bits of it, so small moves round to nothing."""
+    low = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if low:
+        logger.warning(
+            "%d of the trained parameters are %s, where updates smaller than about 1/256 of a weight are lost: load the "
+            "model in float32 and set bf16=True for bfloat16 compute",
+            len(low),
+            low[0].dtype,
         )
 
 

@@ -1,0 +1,140 @@
+"""`stepdpo train`: step pairs on disk to a trained model in a folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+import yaml
+from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from stepdpo_kernels.data import load_step_pairs
+from stepdpo_kernels.trainer import StepDPOConfig, StepDPOTrainer, load_model, load_tokenizer
+from stepdpo_kernels.trainer.run_folder import check_output_dir
+from stepdpo_kernels.types import StepDPOError
+
+INTERRUPTED = 130  # exit status, as shells give it for Ctrl-C
+
+
+@dataclass
+class DataAndModel:
+    """What `stepdpo train` takes beside the fields of StepDPOConfig."""
+
+    model: str = field(metadata={"help": "Model to train: a folder, a GGUF file or a hub id."})
+    data: str = field(metadata={"help": "Step pairs: JSONL, JSON, Parquet, a folder of such files, or a hub id."})
+    eval_data: str | None = field(default=None, metadata={"help": "Step pairs to evaluate on; see eval_strategy."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, where it is not the model's."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Weights in memory: float32 (with --bf16 computing in bfloat16), bfloat16 or float16."},
+    )
+    template: str = field(
+        default="chat", metadata={"help": "Prompt format: chat, alpaca, deepseek-math, qwen2-boxed or none."}
+    )
+    boundary: str = field(default="joint", metadata={"help": "How a step is cut from its prefix: joint or separate."})
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest prefix and step in tokens; longer pairs are left out."}
+    )
+    strict: bool = field(default=False, metadata={"help": "Fail at the first pair that would be left out."})
+    limit: int | None = field(default=None, metadata={"help": "Read only the first so many records."})
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise StepDPOError(f"stepdpo train: {message} (stepdpo train --help lists every option)")
+
+
+def parse(arguments: list[str]) -> tuple[DataAndModel, StepDPOConfig]:
+    """Command-line arguments over those of a YAML file named by --config; StepDPOError for what fits neither."""
+    parser = _Parser(
+        [DataAndModel, StepDPOConfig],  # type: ignore[list-item]
+        prog="stepdpo train",
+        description="Train a causal language model on step pairs (Step-DPO).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="A YAML file with any of these options.")
+    known = _Parser(add_help=False, allow_abbrev=False)
+    known.add_argument("--config")
+    config_file = known.parse_known_args(arguments)[0].config
+    from_file = _yaml_arguments(config_file) if config_file is not None else []
+    options, config, _ = parser.parse_args_into_dataclasses([*from_file, *arguments], look_for_args_file=False)
+    return options, config
+
+
+def _yaml_arguments(path: str) -> list[str]:
+    """The options of a YAML file as command-line arguments."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise StepDPOError(f"config {path!r}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise StepDPOError(f"config {path!r}: must be a mapping of options to values, got {type(values).__name__}")
+    names = {f.name for kind in (DataAndModel, StepDPOConfig) for f in fields(kind)}  # type: ignore[arg-type]
+    arguments: list[str] = []
+    for name, value in values.items():
+        if str(name).replace("-", "_") not in names:
+            raise StepDPOError(f"config {path!r}: unknown option {name!r}")
+        if value is None:
+            continue
+        items = value if isinstance(value, list) else [value]
+        arguments += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in items)]
+    return arguments
+
+
+def train(context: typer.Context) -> None:
+    """Train a model on step pairs; --help lists every option."""
+    options, config = parse(context.args)
+    resume: Any = config.resume_from_checkpoint
+    check_output_dir(config.output_dir, resuming=bool(resume))
+    output_dir = Path(config.output_dir)  # type: ignore[arg-type]
+    is_new = not output_dir.exists()
+    try:
+        _run(options, config, resume)
+    except KeyboardInterrupt:
+        typer.secho(_where_to_resume(output_dir), fg="yellow", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        if is_new and output_dir.is_dir() and not any(output_dir.iterdir()):
+            output_dir.rmdir()
+
+
+def _run(options: DataAndModel, config: StepDPOConfig, resume: Any) -> None:
+    tokenizer = load_tokenizer(options.tokenizer or options.model)
+
+    def load(path: str) -> Any:
+        pairs = load_step_pairs(
+            path,
+            tokenizer,
+            template=options.template,
+            boundary=options.boundary,
+            max_length=options.max_length,
+            max_tokens=config.max_tokens_per_batch,
+            strict=options.strict,
+            limit=options.limit,
+        )
+        typer.echo(str(pairs.report))
+        return pairs
+
+    pairs = load(options.data)
+    eval_pairs = None if options.eval_data is None else load(options.eval_data)
+    trainer = StepDPOTrainer(
+        model=load_model(options.model, options.dtype),
+        args=config,
+        train_dataset=pairs,
+        processing_class=tokenizer,
+        eval_dataset=eval_pairs,
+    )
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model()
+    typer.echo(f"trained {trainer.state.global_step} steps on {len(pairs)} pairs; the model is in {config.output_dir}")
+
+
+def _where_to_resume(output_dir: Path) -> str:
+    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if last is None:
+        return "interrupted before the first checkpoint"
+    return f"interrupted; the last checkpoint is {last}, continue with --resume_from_checkpoint true"
