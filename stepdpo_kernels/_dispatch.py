@@ -122,7 +122,7 @@ def choose(op: str, impl: str, inputs: dict[str, Any]) -> Implementation:
         if reasons:
             raise ValueError(f"implementation {name!r} of {op} cannot take these inputs: {'; '.join(reasons)}")
         return candidates[name]
-    refusals = []
+    refusals: list[str] = []
     for name in implementations(op):
         reasons = candidates[name].why_not(inputs)
         if not reasons:

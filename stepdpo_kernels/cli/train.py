@@ -51,7 +51,7 @@ class _Parser(HfArgumentParser):
 def parse(arguments: list[str]) -> tuple[DataAndModel, StepDPOConfig]:
     """Command-line arguments over those of a YAML file named by --config; StepDPOError for what fits neither."""
     parser = _Parser(
-        [DataAndModel, StepDPOConfig],  # type: ignore[list-item]
+        [DataAndModel, StepDPOConfig],
         prog="stepdpo train",
         description="Train a causal language model on step pairs (Step-DPO).",
         allow_abbrev=False,
@@ -73,7 +73,7 @@ def _yaml_arguments(path: str) -> list[str]:
         raise StepDPOError(f"config {path!r}: cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise StepDPOError(f"config {path!r}: must be a mapping of options to values, got {type(values).__name__}")
-    names = {f.name for kind in (DataAndModel, StepDPOConfig) for f in fields(kind)}  # type: ignore[arg-type]
+    names = {f.name for kind in (DataAndModel, StepDPOConfig) for f in fields(kind)}
     arguments: list[str] = []
     for name, value in values.items():
         if str(name).replace("-", "_") not in names:
@@ -90,7 +90,7 @@ def train(context: typer.Context) -> None:
     options, config = parse(context.args)
     resume: Any = config.resume_from_checkpoint
     check_output_dir(config.output_dir, resuming=bool(resume))
-    output_dir = Path(config.output_dir)  # type: ignore[arg-type]
+    output_dir = Path(config.output_dir)
     is_new = not output_dir.exists()
     try:
         _run(options, config, resume)

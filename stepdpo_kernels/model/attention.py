@@ -62,8 +62,11 @@ def tree_attention_forward(
     if query.shape[0] != 1:
         raise ValueError(f"a packed forest is a batch of 1, got {query.shape[0]}")
     stepdpo_plan.layers.add(int(module.layer_idx))  # type: ignore[arg-type]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
     output = tree_attention(
-        *(x[0].transpose(0, 1) for x in (query, key, value)),
+        q,
+        k,
+        v,
         stepdpo_plan.plan,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         sliding_window=sliding_window,

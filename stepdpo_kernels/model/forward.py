@@ -49,8 +49,8 @@ def enable_packed_forward(model: Any) -> None:
     lm = causal_lm(model)
     use_tree_attention(lm)
     if not hasattr(lm, "_forward_without_packing"):
-        lm._forward_without_packing = lm.forward  # type: ignore[assignment]
-        lm.forward = MethodType(_forward, lm)  # type: ignore[method-assign]
+        lm._forward_without_packing = lm.forward
+        lm.forward = MethodType(_forward, lm)
 
 
 def disable_packed_forward(model: Any) -> None:

@@ -82,9 +82,11 @@ class StepDPOConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise StepDPOError("remove_unused_columns must be False: step pairs have no columns")
         # Trainer asks for use_cpu before it takes bf16 there; without an accelerator there is nothing else to mean.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
         super().__post_init__()
-        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+        if self.device.type != "cuda":
+            self.dataloader_pin_memory = False
         if self.pairs_per_step is None:
             self.pairs_per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if self.pairs_per_step < 1 or self.pairs_per_step % self.world_size:

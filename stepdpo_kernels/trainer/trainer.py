@@ -92,7 +92,7 @@ class StepDPOTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+            model = get_peft_model(model, peft_config)
         _check_head(model)
         _warn_of_lost_updates(model)
         enable_packed_forward(model)
@@ -104,9 +104,9 @@ class StepDPOTrainer(Trainer):
             reference_free=args.reference == "none",
         )
         super().__init__(
-            model=model,  # type: ignore[arg-type]
+            model=model,
             args=args,
-            data_collator=StepCollator(args.max_tokens_per_batch, args.share),  # type: ignore[arg-type]
+            data_collator=StepCollator(args.max_tokens_per_batch, args.share),
             train_dataset=None if train_dataset is None else IndexedPairs(train_dataset),
             eval_dataset=None if eval_dataset is None else IndexedPairs(eval_dataset),
             processing_class=processing_class,
@@ -154,9 +154,9 @@ class StepDPOTrainer(Trainer):
             )
 
         def compute() -> Tensor:
-            without_adapter = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+            without_adapter = getattr(model, "disable_adapter", nullcontext)  # of a PEFT model
             # The order of training must be the same whether this pass ran or a cache was read.
-            with without_adapter, torch.random.fork_rng():
+            with without_adapter(), torch.random.fork_rng():
                 table = table_of(dataloader())
                 left = table.isnan().any(dim=1)  # pairs that dataloader_drop_last keeps out of the first epoch
                 if left.any():
@@ -245,7 +245,7 @@ class StepDPOTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Sequence[StepPair] | IndexedPairs | None = None,  # type: ignore[override]
+        eval_dataset: Sequence[StepPair] | IndexedPairs | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -260,8 +260,8 @@ class StepDPOTrainer(Trainer):
             if not self.loss.reference_free:
                 if self.ref_model is None and self.state.global_step > 0:
                     raise StepDPOError("eval_dataset: give it to StepDPOTrainer at the start, or pass a ref_model")
-                self._fill_ref_logps("eval", eval_dataset, partial(self.get_eval_dataloader, eval_dataset))  # type: ignore[arg-type]
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
+                self._fill_ref_logps("eval", eval_dataset, partial(self.get_eval_dataloader, eval_dataset))
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     @torch.no_grad()
     def evaluation_loop(
@@ -284,7 +284,7 @@ class StepDPOTrainer(Trainer):
         means = meter.drain(self.accelerator, losses_are_sums=True)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(
-            predictions=None,  # type: ignore[arg-type]
+            predictions=None,
             label_ids=None,
             metrics=metrics,
             num_samples=len(dataloader.dataset),  # type: ignore[arg-type]
@@ -322,7 +322,7 @@ class StepDPOTrainer(Trainer):
 
 
 def _check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    vocabulary = causal_lm(model).get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+    vocabulary = causal_lm(model).get_input_embeddings().num_embeddings
     if tokenizer is not None and len(tokenizer) > vocabulary:
         raise StepDPOError(
             f"the tokenizer has {len(tokenizer)} tokens and the model only {vocabulary}: they do not belong together, "
@@ -333,7 +333,7 @@ def _check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None
 def _check_pairs(pairs: Sequence[StepPair], name: str, model: nn.Module, args: StepDPOConfig) -> None:
     if len(pairs) == 0:
         raise StepDPOError(f"{name} holds no pairs")
-    check_vocabulary(pairs, causal_lm(model).get_input_embeddings().num_embeddings)  # type: ignore[union-attr]
+    check_vocabulary(pairs, causal_lm(model).get_input_embeddings().num_embeddings)
     share = "none" if args.share == "none" else "pair"
     for pair in pairs:
         tokens = tokens_of_pair(pair, share)
@@ -358,8 +358,8 @@ def _warn_of_lost_updates(model: nn.Module) -> None:
     low = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
     if low:
         logger.warning(
-            "%d of the trained parameters are %s, where updates smaller than about 1/256 of a weight are lost: load the "
-            "model in float32 and set bf16=True for bfloat16 compute",
+            "%d of the trained parameters are %s, where updates smaller than about 1/256 of a weight are lost: load "
+            "the model in float32 and set bf16=True for bfloat16 compute",
             len(low),
             low[0].dtype,
         )

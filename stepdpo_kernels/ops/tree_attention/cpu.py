@@ -80,9 +80,7 @@ class _LeafPathAttention(torch.autograd.Function):
             q, out, g = (_along(x, leaf.queries) for x in (query, output, grad))
             k, v = _along(key, leaf.path), _along(value, leaf.path)
             leaf_lse = lse[leaf.queries].T[None]
-            dq, dk, dv = _backward(
-                g, q, k, v, out, leaf_lse, 0.0, leaf.is_causal, attn_mask=leaf.mask, scale=ctx.scale
-            )
+            dq, dk, dv = _backward(g, q, k, v, out, leaf_lse, 0.0, leaf.is_causal, attn_mask=leaf.mask, scale=ctx.scale)
             d_query[leaf.queries] = dq[0].transpose(0, 1)
             for total, part in ((d_key, dk), (d_value, dv)):
                 rows = part[0].transpose(0, 1).to(accumulate)

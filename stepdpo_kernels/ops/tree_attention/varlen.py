@@ -33,7 +33,7 @@ def why_not(inputs: dict[str, Any]) -> list[str]:
 def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, *, scale: float, sliding_window: int | None = None
 ) -> Tensor:
-    return varlen.varlen_attn(
+    output: Tensor = varlen.varlen_attn(  # type: ignore[assignment]  # a tuple only with return_aux
         query.contiguous(),
         gather_rows(key, plan.keys),  # (K, G, d)
         gather_rows(value, plan.keys),
@@ -45,3 +45,4 @@ def tree_attention(
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    return output
