@@ -106,4 +106,6 @@ def why_not(inputs: dict[str, Any]) -> list[str]:
 def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, *, scale: float, sliding_window: int | None = None
 ) -> Tensor:
+    # the kernel reads a head's d elements as neighbours, whatever the strides say
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     return _LeafPathAttention.apply(query, key, value, plan, scale, sliding_window)
