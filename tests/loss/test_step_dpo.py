@@ -261,6 +261,7 @@ def test_no_labels_at_all() -> None:
     hidden = torch.tanh(embedding[torch.ones(4, 3, dtype=torch.int64)])
     out = StepDPOLoss(reference_free=True)(hidden, weight, torch.full((4, 3), -100))
     assert out.loss.item() == pytest.approx(math.log(2), abs=1e-12)
+    assert out.accuracy.tolist() == [0, 0]  # a margin of 0 prefers nothing
     assert not any(g.any() for g in torch.autograd.grad(out.loss, [embedding, weight]))
     none = StepDPOLoss(reference_free=True)(hidden[:0], weight, torch.full((0, 3), -100))
     assert none.loss.item() == 0
