@@ -25,7 +25,7 @@ def synthetic(folder: Path, seed: int = 0, problems: int = 400) -> tuple[str, st
     vocabulary = {"<unk>": 0, "<eos>": 1, "<user>": 2, "<assistant>": 3}
     vocabulary |= {f"w{i}": len(vocabulary) + i for i in range(WORDS)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
     tokenizer.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<assistant> "
     tokenizer.save_pretrained(model_dir)
