@@ -61,7 +61,18 @@ def parse(arguments: list[str]) -> tuple[DataAndModel, StepDPOConfig]:
     known.add_argument("--config")
     config_file = known.parse_known_args(arguments)[0].config
     from_file = _yaml_arguments(config_file) if config_file is not None else []
-    options, config, _ = parser.parse_args_into_dataclasses([*from_file, *arguments], look_for_args_file=False)
+    try:
+        options, config, _, unknown = parser.parse_args_into_dataclasses(
+            [*from_file, *arguments], look_for_args_file=False, return_remaining_strings=True
+        )
+    except StepDPOError:
+        raise
+    except ValueError as error:  # of TrainingArguments
+        parser.error(str(error))
+    if unknown:
+        parser.error(f"unknown option {unknown[0]!r}")
+    if config.eval_strategy != "no" and options.eval_data is None:
+        parser.error(f"eval_strategy {config.eval_strategy.value!r} needs eval_data")
     return options, config
 
 
@@ -88,21 +99,27 @@ def _yaml_arguments(path: str) -> list[str]:
 def train(context: typer.Context) -> None:
     """Train a model on step pairs; --help lists every option."""
     options, config = parse(context.args)
-    resume: Any = config.resume_from_checkpoint
-    check_output_dir(config.output_dir, resuming=bool(resume))
+    resume = _resume(config.resume_from_checkpoint)
     output_dir = Path(config.output_dir)
-    is_new = not output_dir.exists()
+    check_output_dir(output_dir, resume)
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     try:
         _run(options, config, resume)
     except KeyboardInterrupt:
         typer.secho(_where_to_resume(output_dir), fg="yellow", err=True)
         raise typer.Exit(INTERRUPTED) from None
     finally:
-        if is_new and output_dir.is_dir() and not any(output_dir.iterdir()):
-            output_dir.rmdir()
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
-def _run(options: DataAndModel, config: StepDPOConfig, resume: Any) -> None:
+def _resume(value: str | None) -> str | bool | None:
+    """What `StepDPOTrainer.train` takes: "true" and "false" of a command line or a YAML file are no paths."""
+    return {"true": True, "false": None, "none": None, "": None}.get(str(value).lower(), value)
+
+
+def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None) -> None:
     tokenizer = load_tokenizer(options.tokenizer or options.model)
 
     def load(path: str) -> Any:
@@ -128,7 +145,7 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: Any) -> None:
         processing_class=tokenizer,
         eval_dataset=eval_pairs,
     )
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     typer.echo(f"trained {trainer.state.global_step} steps on {len(pairs)} pairs; the model is in {config.output_dir}")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from stepdpo_kernels.types import StepDPOError
@@ -28,41 +30,58 @@ def _gguf_of(path: str) -> Path | None:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a transformers folder, a GGUF file (or a folder with one) or a hub id."""
+    """The tokenizer of a transformers folder, a GGUF file (or a folder with one) or a hub id.
+
+    Raises StepDPOError for a place without one that can be read.
+    """
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
     gguf = _gguf_of(path)
     if gguf is not None:
         return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    _check_folder(path, "tokenizer")
-    return AutoTokenizer.from_pretrained(path)
+    return _load(AutoTokenizer.from_pretrained, path, "tokenizer")
 
 
 def load_model(path: str, dtype: str = "float32") -> PreTrainedModel:
     """A causal language model for training: dense weights of the given dtype.
 
     dtype: "float32" (what an optimiser should update; compute in bfloat16 by `bf16=True`), "bfloat16" or "float16".
-    A GGUF model is dequantised. Raises StepDPOError for an unknown dtype or a folder without a model.
+    A GGUF model is dequantised. Raises StepDPOError for an unknown dtype, for a place without a model that can be
+    read, and for one that lacks some of its weights.
     """
     if dtype not in DTYPES:
         raise StepDPOError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
     gguf = _gguf_of(path)
     if gguf is not None:
         from transformers.utils.quantization_config import GgufConfig
 
-        options |= {
-            "gguf_file": gguf.name,
-            "quantization_config": GgufConfig(gguf_file=gguf.name, dequantize=True),
-        }
-        path = str(gguf.parent)
-    else:
-        _check_folder(path, "model")
-    return AutoModelForCausalLM.from_pretrained(path, **options)
+        return AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent),
+            dtype=DTYPES[dtype],
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+        )
+    model, info = _load(
+        AutoModelForCausalLM.from_pretrained, path, "model", dtype=DTYPES[dtype], output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise StepDPOError(
+            f"model {path!r} lacks {len(missing)} of the weights of a {type(model).__name__}, which would begin at "
+            f"random: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+    return model
 
 
-def _check_folder(path: str, what: str) -> None:
+def _load(from_pretrained: Callable[..., Any], path: str, what: str, **options: Any) -> Any:
     place = Path(path)
-    if place.is_dir() and not any(place.glob("*.json")):
-        raise StepDPOError(f"{what} {path!r}: the folder holds no transformers {what} and no GGUF file")
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    looks_local = path.startswith((".", "/")) or path.count("/") > 1
     if looks_local and not place.exists():
         raise StepDPOError(f"{what} {path!r}: no such folder or file")
+    if place.is_dir() and not any(place.glob("*.json")):
+        raise StepDPOError(f"{what} {path!r}: the folder holds no transformers {what} and no GGUF file")
+    try:
+        return from_pretrained(path, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        where = "cannot be read" if place.exists() else "no such folder, and not to be had from the hub"
+        raise StepDPOError(f"{what} {path!r}: {where}: {type(error).__name__}: {error}") from error

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.trainer_utils import get_last_checkpoint
 
 import stepdpo_kernels
 from stepdpo_kernels.types import StepDPOError
@@ -20,13 +21,29 @@ from stepdpo_kernels.types import StepDPOError
 RUN_FILE = "stepdpo_run.json"
 
 
-def check_output_dir(output_dir: str | os.PathLike[str], resuming: bool) -> None:
-    """Raises StepDPOError when the folder holds another run, or anything else that this one could overwrite."""
+def check_output_dir(output_dir: str | os.PathLike[str], resume: str | bool | None) -> Path | None:
+    """The checkpoint to go on from; None to start at the beginning.
+
+    resume: as in `Trainer.train`: True for the last checkpoint in output_dir, or the path of one
+
+    A run that was stopped before its first checkpoint is resumed at its beginning. Raises StepDPOError when there is
+    nothing to resume, and when the folder holds another run or anything else that this one could overwrite.
+    """
     folder = Path(output_dir)
-    if resuming or not folder.exists():
-        return
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise StepDPOError(f"output_dir {str(folder)!r} is a file: name a folder")
+    if resume is True:
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if last is not None:
+            return _whole_checkpoint(Path(last))
+        if not (folder / RUN_FILE).is_file():
+            raise StepDPOError(
+                f"output_dir {str(folder)!r} holds no run to resume: leave resume_from_checkpoint out to start one"
+            )
+        return None
+    checkpoint = _whole_checkpoint(Path(resume)) if resume else None
+    if checkpoint is not None and checkpoint.resolve().parent == folder.resolve():
+        return checkpoint
     if (folder / RUN_FILE).exists() or any(folder.glob("checkpoint-*")):
         raise StepDPOError(
             f"output_dir {str(folder)!r} holds another run: choose a new folder, or continue that run with "
@@ -34,6 +51,17 @@ def check_output_dir(output_dir: str | os.PathLike[str], resuming: bool) -> None
         )
     if any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
         raise StepDPOError(f"output_dir {str(folder)!r} holds a model: choose a new folder")
+    return checkpoint
+
+
+def _whole_checkpoint(checkpoint: Path) -> Path:
+    missing = [name for name in ("trainer_state.json", "optimizer.pt") if not (checkpoint / name).is_file()]
+    if missing:
+        raise StepDPOError(
+            f"resume_from_checkpoint: {str(checkpoint)!r} lacks {' and '.join(missing)}, so it is no checkpoint that "
+            "training can go on from: name a folder checkpoint-<step> that was saved without save_only_model"
+        )
+    return checkpoint
 
 
 def write_run_file(output_dir: str | os.PathLike[str], description: dict[str, Any]) -> None:
@@ -56,13 +84,29 @@ def read_run_file(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def remove_unstarted_run(output_dir: str | os.PathLike[str]) -> None:
+    """Removes RUN_FILE of a run that has no checkpoint yet, so that the same command can be given again."""
+    folder = Path(output_dir)
+    if not any(folder.glob("checkpoint-*")):
+        (folder / RUN_FILE).unlink(missing_ok=True)
+
+
 @contextmanager
-def staged(run_dir: str | os.PathLike[str]) -> Iterator[Path]:
-    """A scratch folder beside the checkpoints, gone afterwards whatever happens."""
-    folder = Path(run_dir) / ".incomplete"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def staged(target: str | os.PathLike[str], owner: bool = True) -> Iterator[Path]:
+    """A scratch folder inside `target`, gone afterwards whatever happens; made and removed by one owner."""
+    folder = Path(target) / ".incomplete"
+    if owner:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """Renames a staged file or folder, also onto one that is there already, which moves aside into the stage."""
+    if target.is_dir():
+        os.replace(target, source.with_name(f"{source.name}.replaced"))
+    os.replace(source, target)

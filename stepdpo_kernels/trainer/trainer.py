@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -14,22 +12,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from stepdpo_kernels.data import check_vocabulary
 from stepdpo_kernels.loss import StepDPOLoss, StepDPOOutput
 from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward
-from stepdpo_kernels.packing import tokens_of_pair
+from stepdpo_kernels.trainer.checks import (
+    check_adapter,
+    check_distribution,
+    check_pairs,
+    check_tokenizer,
+    refuse_mode,
+    warn_of_lost_updates,
+)
 from stepdpo_kernels.trainer.collate import IndexedPairs, StepCollator
 from stepdpo_kernels.trainer.config import StepDPOConfig
 from stepdpo_kernels.trainer.loading import load_model
 from stepdpo_kernels.trainer.meter import Meter
-from stepdpo_kernels.trainer.reference import cache_key, compute_ref_logps, load_or_compute
-from stepdpo_kernels.trainer.run_folder import check_output_dir, read_run_file, staged, write_run_file
+from stepdpo_kernels.trainer.reference import (
+    cache_key,
+    compute_ref_logps,
+    key_differences,
+    load_or_compute,
+    weights_fingerprint,
+)
+from stepdpo_kernels.trainer.run_folder import (
+    RUN_FILE,
+    check_output_dir,
+    put_in_place,
+    read_run_file,
+    remove_unstarted_run,
+    staged,
+    write_run_file,
+)
 from stepdpo_kernels.types import PackedBatch, StepDPOError, StepPair
-
-logger = logging.getLogger("stepdpo_kernels")
 
 # Modes of accelerate in which an uneven number of forward passes would hang a collective.
 _REFUSED_MODES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
@@ -77,25 +93,24 @@ class StepDPOTrainer(Trainer):
             args = StepDPOConfig(output_dir="stepdpo_output")
         if not isinstance(args, StepDPOConfig):
             raise StepDPOError(f"args must be a StepDPOConfig, got {type(args).__name__}")
-        if args.n_gpu > 1:
-            raise StepDPOError(
-                f"{args.n_gpu} GPUs are visible to one process: start one process each with torchrun or accelerate "
-                "launch, or choose one with CUDA_VISIBLE_DEVICES"
-            )
+        check_distribution(args)
         if isinstance(model, str):
             model = load_model(model)
         check_supported(model)
-        _check_tokenizer(model, processing_class)
+        check_tokenizer(model, processing_class)
         for name, pairs in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if pairs is not None:
-                _check_pairs(pairs, name, model, args)
+                check_pairs(pairs, name, model, args)
         if peft_config is not None:
             from peft import get_peft_model
 
+            set_seed(args.seed)  # of the adapter's weights
             model = get_peft_model(model, peft_config)
-        _check_head(model)
-        _warn_of_lost_updates(model)
-        enable_packed_forward(model)
+        for either in (model, ref_model):
+            if either is not None:
+                check_adapter(either)
+                enable_packed_forward(either)
+        warn_of_lost_updates(model)
         self.ref_model = ref_model
         self.loss = StepDPOLoss(
             beta=args.beta,
@@ -114,7 +129,7 @@ class StepDPOTrainer(Trainer):
         )
         mode = self.accelerator.distributed_type.value
         if mode in _REFUSED_MODES:
-            raise StepDPOError(f"training under {mode} is not supported: use DistributedDataParallel (torchrun)")
+            refuse_mode(mode)
         self._meter = Meter()
         self._staging: Path | None = None
         self._reference_keys: dict[str, dict[str, str]] = {}
@@ -124,7 +139,7 @@ class StepDPOTrainer(Trainer):
 
     def _prepare_references(self) -> None:
         """Fills in the reference log-probs of both datasets, once, while the policy is still the reference."""
-        if self._references_ready or self.loss.reference_free:
+        if self._references_ready:
             return
         if self.train_dataset is not None:
             self._fill_ref_logps("train", self.train_dataset, self.get_train_dataloader)
@@ -136,25 +151,34 @@ class StepDPOTrainer(Trainer):
         """Reference log-probs of a dataset, in the forests in which its dataloader first gives its pairs."""
         args = self.args
         model = self.model if self.ref_model is None else self.ref_model.to(args.device)
-        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        drawn = {
-            "seed": args.seed,
-            "data_seed": args.data_seed,
-            "pairs_per_step": args.pairs_per_step,
-            "world": args.world_size,
-        }
-        packing = {"max_tokens": args.max_tokens_per_batch, "share": args.share}
-        key = cache_key(model, dataset.pairs, name=name, autocast=autocast, device=args.device.type, **packing, **drawn)
+        # The policy of PEFT without its adapter is the reference; an adapter of ref_model is part of it.
+        without_adapter = getattr(model, "disable_adapter", nullcontext) if self.ref_model is None else nullcontext
+        key = cache_key(
+            weights_fingerprint(model, with_adapter=self.ref_model is not None),
+            dataset.pairs,
+            name=name,
+            reference=args.reference,
+            bf16=args.bf16,
+            fp16=args.fp16,
+            device=args.device.type,
+            world=args.world_size,
+            max_tokens_per_batch=args.max_tokens_per_batch,
+            share=args.share,
+            **(
+                {"pairs_per_step": args.pairs_per_step, "seed": args.seed, "data_seed": args.data_seed}
+                if name == "train"
+                else {"per_device_eval_batch_size": args.per_device_eval_batch_size}
+            ),
+        )
         self._reference_keys[name] = key
+        if self.loss.reference_free:
+            return
 
         def table_of(steps: Iterable[list[PackedBatch]]) -> Tensor:
             progress = not args.disable_tqdm and self.is_world_process_zero()
-            return compute_ref_logps(
-                model, len(dataset), steps, self.loss, self.accelerator, autocast_dtype=autocast, progress=progress
-            )
+            return compute_ref_logps(model, len(dataset), steps, self._logps, self.accelerator, progress=progress)
 
         def compute() -> Tensor:
-            without_adapter = getattr(model, "disable_adapter", nullcontext)  # of a PEFT model
             # The order of training must be the same whether this pass ran or a cache was read.
             with without_adapter(), torch.random.fork_rng():
                 table = table_of(dataloader())
@@ -164,7 +188,8 @@ class StepDPOTrainer(Trainer):
                     table[left] = table_of([[batch.to(args.device) for batch in step]])[left]
             return table
 
-        dataset.ref_logps = load_or_compute(args.reference_cache_dir, key, compute).to(args.device)
+        table = load_or_compute(args.reference_cache_dir, key, compute, self.accelerator)
+        dataset.ref_logps = table.to(args.device)
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -176,23 +201,36 @@ class StepDPOTrainer(Trainer):
         """
         if self.train_dataset is None:
             raise StepDPOError("train_dataset is missing")
-        resume_from_checkpoint = resume_from_checkpoint or None
-        check_output_dir(self.args.output_dir, resuming=resume_from_checkpoint is not None)
+        output_dir = self.args.output_dir
+        checkpoint = check_output_dir(output_dir, resume_from_checkpoint)
+        self.accelerator.wait_for_everyone()  # before the first of them writes there
         self._prepare_references()
-        if resume_from_checkpoint is not None:
-            began_with = read_run_file(self.args.output_dir).get("reference", self._reference_keys)
-            changed = _differences(began_with, self._reference_keys)
+        if resume_from_checkpoint:
+            began_with = read_run_file(output_dir if checkpoint is None else checkpoint.parent).get("reference", {})
+            changed = key_differences(began_with["train"], self._reference_keys["train"]) if began_with else []
             if changed:
-                raise StepDPOError(f"output_dir {self.args.output_dir!r}: the run began with another {changed}")
-        elif self.is_world_process_zero():
+                raise StepDPOError(
+                    f"cannot resume {str(checkpoint or output_dir)!r}: that run began with {', '.join(changed)}"
+                )
+        begins = self.is_world_process_zero() and (checkpoint is None or not (Path(output_dir) / RUN_FILE).exists())
+        if begins:
             description = {
                 "config": self.args.to_sanitized_dict(),
                 "reference": self._reference_keys,
                 "pairs": len(self.train_dataset),
             }
-            write_run_file(self.args.output_dir, description)
+            write_run_file(output_dir, description)
         self._meter = Meter()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        except BaseException:
+            if begins:
+                remove_unstarted_run(output_dir)
+            raise
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._meter.start()  # packing is part of a step's time
+        return super().get_batch_samples(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: list[PackedBatch], num_items_in_batch: Tensor | int | None = None
@@ -201,7 +239,6 @@ class StepDPOTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        self._meter.start()
         num_pairs = self._pairs_per_process(inputs)
         total = torch.zeros((), device=self.args.device)
         for i, batch in enumerate(inputs):
@@ -230,7 +267,20 @@ class StepDPOTrainer(Trainer):
         def head(hidden: Tensor, lm_head: nn.Linear) -> StepDPOOutput:
             return self.loss.packed(hidden, lm_head.weight, batch, ref_logps, bias=lm_head.bias, num_pairs=num_pairs)
 
-        return model(packed_batch=batch, head=head)
+        with self._autocast():
+            return model(packed_batch=batch, head=head)
+
+    def _logps(self, model: nn.Module, batch: PackedBatch) -> Tensor:  # (2P,)
+        def head(hidden: Tensor, lm_head: nn.Linear) -> Tensor:
+            return self.loss.packed_logps(hidden, lm_head.weight, batch, bias=lm_head.bias)
+
+        with self._autocast():
+            return model(packed_batch=batch, head=head)
+
+    def _autocast(self) -> torch.autocast:
+        """What accelerate wraps a prepared model in; here too, since it does not prepare a reference."""
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        return torch.autocast(self.args.device.type, dtype=dtype, enabled=dtype is not None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -255,7 +305,7 @@ class StepDPOTrainer(Trainer):
         """
         self._prepare_references()
         if eval_dataset is not None and not isinstance(eval_dataset, IndexedPairs):
-            _check_pairs(eval_dataset, "eval_dataset", self.model, self.args)
+            check_pairs(eval_dataset, "eval_dataset", self.model, self.args)
             eval_dataset = IndexedPairs(eval_dataset)
             if not self.loss.reference_free:
                 if self.ref_model is None and self.state.global_step > 0:
@@ -272,9 +322,7 @@ class StepDPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        model = (
-            self.model_wrapped if self.is_in_train else self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        )
+        model = self.model_wrapped if self.is_in_train else self.model
         model.eval()
         meter = Meter()
         meter.start()
@@ -299,7 +347,8 @@ class StepDPOTrainer(Trainer):
         """Saves beside the checkpoints and renames, so that a checkpoint is whole or absent."""
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        with staged(run_dir) as folder:
+        with staged(run_dir, owner=self.args.should_save) as folder:
+            self.accelerator.wait_for_everyone()
             self._staging = folder
             try:
                 super()._save_checkpoint(model, trial)
@@ -311,7 +360,7 @@ class StepDPOTrainer(Trainer):
                 if self.args.should_save:
                     self.state.save_to_json(str(folder / name / "trainer_state.json"))
             if self.args.should_save:
-                os.replace(folder / name, run_dir / name)
+                put_in_place(folder / name, run_dir / name)
                 rotate_checkpoints(
                     output_dir=str(run_dir),
                     save_total_limit=self.args.save_total_limit,
@@ -320,57 +369,12 @@ class StepDPOTrainer(Trainer):
                 )
             self.accelerator.wait_for_everyone()
 
-
-def _check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    vocabulary = causal_lm(model).get_input_embeddings().num_embeddings
-    if tokenizer is not None and len(tokenizer) > vocabulary:
-        raise StepDPOError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model only {vocabulary}: they do not belong together, "
-            "or the model's embeddings must be resized first"
-        )
-
-
-def _check_pairs(pairs: Sequence[StepPair], name: str, model: nn.Module, args: StepDPOConfig) -> None:
-    if len(pairs) == 0:
-        raise StepDPOError(f"{name} holds no pairs")
-    check_vocabulary(pairs, causal_lm(model).get_input_embeddings().num_embeddings)
-    share = "none" if args.share == "none" else "pair"
-    for pair in pairs:
-        tokens = tokens_of_pair(pair, share)
-        if tokens > args.max_tokens_per_batch:
-            raise StepDPOError(
-                f"{name}: pair {pair.id!r} takes {tokens} tokens, more than max_tokens_per_batch="
-                f"{args.max_tokens_per_batch}: raise it, or leave the pair out (load_step_pairs(..., max_tokens=...))"
-            )
-
-
-def _check_head(model: nn.Module) -> None:
-    head = causal_lm(model).get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise StepDPOError(
-            f"the language-model head is a {type(head).__name__}, whose adapter the loss would leave out: "
-            "take lm_head out of the peft configuration's target_modules and modules_to_save"
-        )
-
-
-def _warn_of_lost_updates(model: nn.Module) -> None:
-    """Adam moves a weight by about the learning rate; bfloat16 keeps 8 bits of it, so small moves round to nothing."""
-    low = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
-    if low:
-        logger.warning(
-            "%d of the trained parameters are %s, where updates smaller than about 1/256 of a weight are lost: load "
-            "the model in float32 and set bf16=True for bfloat16 compute",
-            len(low),
-            low[0].dtype,
-        )
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Which parts of the reference keys differ, as words; empty if none."""
-    parts = [
-        f"{part} ({name})"
-        for name in now
-        for part in now[name]
-        if before.get(name, {}).get(part) != now[name][part] and part in ("model", "pairs", "settings")
-    ]
-    return ", ".join(parts)
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Writes model, tokenizer and arguments beside their place and renames them, so that no file is half there."""
+        if not self.args.should_save:
+            return
+        target = Path(output_dir if output_dir is not None else self.args.output_dir)
+        with staged(target) as folder:
+            super()._save(str(folder), state_dict)
+            for file in sorted(folder.iterdir()):
+                put_in_place(file, target / file.name)

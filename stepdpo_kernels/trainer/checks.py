@@ -1,0 +1,103 @@
+"""What StepDPOTrainer refuses before anything is written, each with its own message."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from stepdpo_kernels.data import check_vocabulary
+from stepdpo_kernels.model import causal_lm
+from stepdpo_kernels.packing import tokens_of_pair
+from stepdpo_kernels.trainer.config import StepDPOConfig
+from stepdpo_kernels.types import StepDPOError, StepPair
+
+logger = logging.getLogger("stepdpo_kernels")
+
+
+def check_distribution(args: StepDPOConfig) -> None:
+    """Raises StepDPOError for the ways of distributing that are not supported."""
+    if args.n_gpu > 1:
+        raise StepDPOError(
+            f"{args.n_gpu} GPUs are visible to one process: start one process each with torchrun or accelerate "
+            "launch, or choose one with CUDA_VISIBLE_DEVICES"
+        )
+    for mode, setting in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed)):
+        if setting or os.environ.get(f"ACCELERATE_USE_{mode}", "").lower() in ("1", "true"):
+            refuse_mode(mode)
+
+
+def refuse_mode(mode: str) -> None:
+    raise StepDPOError(f"training under {mode} is not supported: use DistributedDataParallel (torchrun)")
+
+
+def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raises StepDPOError for a tokenizer with more tokens than the model."""
+    vocabulary = causal_lm(model).get_input_embeddings().num_embeddings
+    if tokenizer is not None and len(tokenizer) > vocabulary:
+        raise StepDPOError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model only {vocabulary}: they do not belong together, "
+            "or the model's embeddings must be resized first"
+        )
+
+
+def check_pairs(pairs: Sequence[StepPair], name: str, model: nn.Module, args: StepDPOConfig) -> None:
+    """Raises StepDPOError for what is not a sequence of pairs, or holds none, and for a pair that cannot be packed."""
+    if not (hasattr(pairs, "__len__") and hasattr(pairs, "__getitem__")):
+        raise StepDPOError(f"{name} must be a sequence of StepPair, got {type(pairs).__name__}")
+    if len(pairs) == 0:
+        raise StepDPOError(f"{name} holds no pairs")
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, StepPair):
+            raise StepDPOError(
+                f"{name} must be a sequence of StepPair, but its item {number} is a {type(pair).__name__}: "
+                "load_step_pairs makes pairs of records"
+            )
+    check_vocabulary(pairs, causal_lm(model).get_input_embeddings().num_embeddings)
+    share = "none" if args.share == "none" else "pair"
+    for pair in pairs:
+        tokens = tokens_of_pair(pair, share)
+        if tokens > args.max_tokens_per_batch:
+            raise StepDPOError(
+                f"{name}: pair {pair.id!r} takes {tokens} tokens, more than max_tokens_per_batch="
+                f"{args.max_tokens_per_batch}: raise it, or leave the pair out (load_step_pairs(..., max_tokens=...))"
+            )
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Raises StepDPOError for an adapter whose part the packed forward would leave out."""
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise StepDPOError(
+            f"peft_config: {adapter.peft_type.value} puts virtual tokens before every text, which packing would leave "
+            "out: use an adapter of the weights, such as LoRA"
+        )
+    lm = causal_lm(model)
+    if lm is model and getattr(lm, "_hf_peft_config_loaded", False):
+        raise StepDPOError(
+            "model: an adapter was loaded into the model itself, and saving it would lose what is trained beside the "
+            "adapter: load it with peft.PeftModel.from_pretrained(..., is_trainable=True), or merge it first"
+        )
+    head = lm.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise StepDPOError(
+            f"the language-model head is a {type(head).__name__}, whose adapter the loss would leave out: "
+            "take lm_head out of the peft configuration's target_modules and modules_to_save"
+        )
+
+
+def warn_of_lost_updates(model: nn.Module) -> None:
+    """Adam moves a weight by about the learning rate; bfloat16 keeps 8 bits of it, so small moves round to nothing."""
+    low = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if low:
+        logger.warning(
+            "%d of the trained parameters are %s, where updates smaller than about 1/256 of a weight are lost: load "
+            "the model in float32 and set bf16=True for bfloat16 compute",
+            len(low),
+            low[0].dtype,
+        )
