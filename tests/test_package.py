@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,9 +21,15 @@ OPTIONAL = ("accelerate", "datasets", "matplotlib", "peft", "pyarrow", "rich", "
 
 
 def run_python(code: str) -> str:
-    """Standard output of a fresh interpreter that runs `code` in the repository root."""
+    """Standard output of a fresh interpreter that runs `code` in the repository root.
+
+    It gets the least environment that works: this process has imported the package already, and would pass on what
+    that changed.
+    """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    needed = ("HOME", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "XDG_CACHE_HOME")
+    environment = {name: os.environ[name] for name in needed if name in os.environ}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert not result.stderr, result.stderr
     return result.stdout
