@@ -105,7 +105,7 @@ class StepDPOLoss(nn.Module):
         keep = labels != -100
         token_logps = self._token_logps(hidden[keep], weight, labels[keep], bias)  # (R,)
         table = token_logps.new_zeros(labels.shape).masked_scatter(keep, token_logps)  # (2P, L)
-        chosen, rejected = table.sum(dim=1).chunk(2)
+        chosen, rejected = table.sum(dim=1, dtype=torch.float64).to(table.dtype).chunk(2)
         return self._pair_loss(chosen, rejected, ref_logps, torch.ones_like(chosen), num_pairs)
 
     def packed(
@@ -138,7 +138,8 @@ class StepDPOLoss(nn.Module):
     ) -> Tensor:  # (2P,)
         """Branch log-probs of a packed forest, chosen first, then rejected: what a reference contributes."""
         token_logps = self._token_logps(gather_rows(hidden, batch.rows), weight, batch.targets, bias)  # (R,)
-        branches = sum_rows(token_logps, batch.branches)  # (S,)
+        # in float64: a float32 running sum of hundreds of nats loses the digits of a margin
+        branches = sum_rows(token_logps.double(), batch.branches).to(token_logps.dtype)  # (S,)
         return torch.cat([branches[batch.chosen], branches[batch.rejected]])
 
     def _token_logps(self, rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stepdpo_kernels.loss import LOSS_TYPES, StepDPOLoss, StepDPOOutput
 from stepdpo_kernels.loss.reference import step_dpo_loss
+from stepdpo_kernels.ops.linear_logprob import linear_logprob
 from stepdpo_kernels.ops.tree_attention.reference import dense_mask
 from stepdpo_kernels.packing import SHARE_MODES, build_batch
 from stepdpo_kernels.packing.reference import padded_batch
@@ -316,6 +317,25 @@ def test_branch_log_probs_chosen_first_then_rejected() -> None:
     keep = labels != -100
     plain = (padded_hidden @ weight.T).log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
     torch.testing.assert_close(logps, (plain * keep).sum(1))
+
+
+def test_long_branches_are_summed_without_loss() -> None:
+    # 3000 tokens of 4 nats each: a float32 running sum is off by more than the margins that matter
+    weight = _parameters(torch.float32)[1].detach()
+    tokens = torch.randint(V, (3, 3000)).numpy()
+    pairs = [make_pair(tokens[0, :5], tokens[1], tokens[2])]
+    batch = build_batch(pairs, [0], "pair")
+    hidden = torch.randn(batch.num_tokens, D)
+    ours = StepDPOLoss().packed_logps(hidden, weight, batch)
+    each = linear_logprob(hidden[batch.rows.index], weight, batch.targets)
+    exact = torch.stack([each[rows].double().sum() for rows in batch.branches.index.split([3000, 3000])])
+    assert exact.max() < -8000
+    assert torch.equal(ours, exact.float())
+    states = torch.randn(2, 3000, D)
+    labels = torch.as_tensor(tokens[1:])
+    out = StepDPOLoss(reference_free=True)(states, weight, labels)
+    each = linear_logprob(states.flatten(0, 1), weight, labels.flatten()).view(2, 3000)
+    assert torch.equal(torch.cat([out.chosen_logps, out.rejected_logps]), each.double().sum(1).float())
 
 
 def test_what_is_frozen_gets_no_gradient() -> None:
