@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from stepdpo_kernels.trainer import StepDPOTrainer
-from stepdpo_kernels.trainer import trainer as trainer_module
 from tests.trainer.training import Seen, losses, make_config, make_pairs, watch
 
 LOG_2 = math.log(2)
@@ -53,7 +52,8 @@ def test_i2_with_the_reference_from_the_cache(tiny_model, pairs, tmp_path, monke
         seen = watch(trainer)
         trainer.train()
         check_start(seen, losses(trainer), len(pairs))
-        monkeypatch.setattr(trainer_module, "compute_ref_logps", None)  # the second run has the cache and nothing else
+        # The second run has the cache and nothing else.
+        monkeypatch.setattr("stepdpo_kernels.trainer.trainer.compute_ref_logps", None)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_reentrant": True}, {"use_reentrant": False}])

@@ -1,0 +1,147 @@
+"""What a run leaves on disk: plain transformers and peft folders, without a trace of how they were trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stepdpo_kernels.trainer import StepDPOTrainer
+from tests.trainer.training import assert_same_weights, entries, weights
+
+
+@pytest.fixture
+def prompt(pairs) -> torch.Tensor:  # (2, 60)
+    return torch.from_numpy(pairs[1].prefix_ids[None, :60].repeat(2, 0)).long()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_plain_transformers_loads_a_checkpoint(
+    tiny_model, tiny_tokenizer, pairs, config, prompt, tmp_path, kind, bf16, tied
+):
+    tokenizer = tiny_tokenizer(kind)
+    model = tiny_model(kind, tie_word_embeddings=tied)
+    start = weights(model)
+    args = config(save_strategy="steps", save_steps=3, bf16=bf16)
+    trainer = StepDPOTrainer(model, args, pairs, tokenizer)
+    trainer.train()
+    trainer.save_model()
+    assert not torch.equal(start["model.norm.weight"], model.model.norm.weight)
+    for folder in (tmp_path / "run" / "checkpoint-6", tmp_path / "run"):
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert loaded.config._attn_implementation == "sdpa"
+        assert type(loaded) is type(model)
+        assert_same_weights(weights(loaded), weights(model))
+        with torch.no_grad():
+            expected = loaded(prompt).logits
+            assert torch.equal(model.eval()(prompt).logits.float(), expected) or bf16
+            torch.testing.assert_close(model(prompt).logits.float(), expected, rtol=0, atol=0.3)
+        text = AutoTokenizer.from_pretrained(folder)
+        assert text.get_vocab() == tokenizer.get_vocab()
+        assert text.chat_template == tokenizer.chat_template
+
+
+def test_nothing_in_a_checkpoint_tells_how_it_was_trained(tiny_model, tiny_tokenizer, pairs, config, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "before")
+    trainer = StepDPOTrainer(model, config(save_strategy="epoch"), pairs, tiny_tokenizer())
+    trainer.train()
+    folder = tmp_path / "run" / "checkpoint-6"
+    for file in folder.glob("*.json"):
+        assert "stepdpo_tree" not in file.read_text(), file
+    before, after = (json.loads((place / "config.json").read_text()) for place in (tmp_path / "before", folder))
+    assert before | {"use_cache": False} == after  # Trainer switches it off
+    # A model loaded from there trains on.
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    StepDPOTrainer(again, config(output_dir=str(tmp_path / "again"), max_steps=1), pairs).train()
+
+
+def test_a_trained_model_still_generates_and_computes_ordinary_losses(tiny_model, pairs, config, prompt):
+    model = tiny_model()
+    StepDPOTrainer(model, config(), pairs).train()
+    plain = tiny_model()
+    plain.load_state_dict(model.state_dict())
+    model.eval()
+    with torch.no_grad():
+        mask = torch.ones_like(prompt)
+        mask[0, :7] = 0  # padding on the left
+        for options in ({}, {"labels": prompt}, {"attention_mask": mask}):
+            ours, theirs = model(prompt, **options), plain(prompt, **options)
+            torch.testing.assert_close(ours.logits[1], theirs.logits[1], rtol=0, atol=1e-5)
+            torch.testing.assert_close(ours.logits[0, 7:], theirs.logits[0, 7:], rtol=0, atol=1e-5)
+            assert (ours.loss is None) == (theirs.loss is None)
+        generate = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+        assert torch.equal(model.generate(prompt, **generate), plain.generate(prompt, **generate))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_peft_loads_the_checkpoint_of_an_adapter(tiny_model, tiny_tokenizer, pairs, config, prompt, tmp_path, bf16):
+    from peft import LoraConfig, PeftModel
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    args = config(save_strategy="epoch", bf16=bf16, learning_rate=1e-2)
+    trainer = StepDPOTrainer(tiny_model(), args, pairs, tiny_tokenizer(), peft_config=lora)
+    trainer.train()
+    folder = tmp_path / "run" / "checkpoint-6"
+    assert "adapter_model.safetensors" in entries(folder)
+    assert "model.safetensors" not in entries(folder)
+    plain = tiny_model()
+    loaded = PeftModel.from_pretrained(tiny_model(), folder)
+    assert all("lora_" in name for name in weights(trainer.model))
+    trained = {name: tensor for name, tensor in loaded.state_dict().items() if "lora_" in name}
+    assert_same_weights(trained, weights(trainer.model))
+    with torch.no_grad():
+        after = loaded(prompt).logits
+        assert (after - plain(prompt).logits).abs().max() > 0.01
+        torch.testing.assert_close(
+            trainer.model.eval()(prompt).logits.float(), after, rtol=0, atol=0.3 if bf16 else 1e-5
+        )
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(prompt).logits, after, rtol=0, atol=1e-4)
+
+
+def test_old_checkpoints_go_and_the_best_stays(tiny_model, pairs, config, tmp_path):
+    args = config(
+        num_train_epochs=2,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="rewards/margins",
+        greater_is_better=False,  # the first evaluation, of an unmoved policy, is the best then
+        learning_rate=1e-2,
+    )
+    trainer = StepDPOTrainer(tiny_model(), args, pairs, eval_dataset=pairs[:4])
+    trainer.train()
+    margins = {e["step"]: e["eval_rewards/margins"] for e in trainer.state.log_history if "eval_loss" in e}
+    best = min(margins, key=margins.__getitem__)
+    assert entries(tmp_path / "run") == sorted({f"checkpoint-{best}", "checkpoint-12", "stepdpo_run.json"})
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "run" / f"checkpoint-{best}")
+    state = json.loads((tmp_path / "run" / "checkpoint-12" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == trainer.state.best_model_checkpoint
+    assert_same_weights(
+        weights(AutoModelForCausalLM.from_pretrained(state["best_model_checkpoint"])), weights(trainer.model)
+    )
+
+
+def test_the_run_file_says_what_made_the_run(tiny_model, pairs, config, tmp_path):
+    import transformers
+
+    import stepdpo_kernels
+
+    StepDPOTrainer(tiny_model(), config(beta=0.3, max_steps=1), pairs).train()
+    run = json.loads((tmp_path / "run" / "stepdpo_run.json").read_text())
+    assert run["config"]["beta"] == 0.3
+    assert run["config"]["pairs_per_step"] == 4
+    assert run["pairs"] == 24
+    assert run["versions"]["stepdpo_kernels"] == stepdpo_kernels.__version__
+    assert run["versions"]["transformers"] == transformers.__version__
+    assert {"model", "pairs", "settings"} <= run["reference"]["train"].keys()
