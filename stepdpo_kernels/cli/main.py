@@ -62,19 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     try:
         app(args=None if arguments is None else list(arguments), prog_name="stepdpo")
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     except ModuleNotFoundError as error:
-        if os.environ.get(DEBUG) or error.name is None or error.name.startswith("stepdpo_kernels"):
+        if _debug() or error.name is None or error.name.startswith("stepdpo_kernels"):
             raise
         _fail(f"the package {error.name} is needed: pip install 'stepdpo-kernels[train]'")
     except (ValueError, OSError) as error:  # StepDPOError is a ValueError
-        if os.environ.get(DEBUG):
+        if _debug():
             raise
         _fail(str(error) or type(error).__name__)
     sys.exit(0)
 
 
-def _fail(message: str, status: int = BAD_INPUT) -> NoReturn:
+def _debug() -> bool:
+    return os.environ.get(DEBUG, "0") not in ("", "0")
+
+
+def _fail(message: str) -> NoReturn:
     typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
-    sys.exit(status)
+    sys.exit(BAD_INPUT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -201,7 +202,8 @@ def draw(batch: PackedBatch, decode: Callable[[Sequence[int]], str], path: Path,
     square, head, foot = 3.4, 0.78, 0.5  # inches: side of the attention pattern, space above and below it
     body = max(square, min(0.62 * rows, 20.0))
     height = head + body + foot
-    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
+    with matplotlib.rc_context({"font.family": "DejaVu Sans"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # scripts that the font lacks show as boxes
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
         left = figure.add_axes((0.2 / WIDTH, foot / height, 5.45 / WIDTH, body / height))
