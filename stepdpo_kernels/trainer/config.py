@@ -46,9 +46,7 @@ class StepDPOConfig(TrainingArguments):
     save_steps: float = field(default=100, metadata={"help": "Save a checkpoint every so many optimiser steps."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: pairs have no columns."})
     # None first: HfArgumentParser takes a union for what stands last in it.
-    report_to: None | str | list[str] = field(  # noqa: RUF036
-        default="none", metadata={"help": "Where to report metrics."}
-    )
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Where to report metrics."})
 
     beta: float = field(default=0.4, metadata={"help": "Strength of the pull towards the reference."})
     loss_type: str = field(default="sigmoid", metadata={"help": f"Pair loss: {', '.join(LOSS_TYPES)}."})
