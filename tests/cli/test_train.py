@@ -1,0 +1,298 @@
+"""`stepdpo train`: options from a YAML file and the command line, what a run leaves, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stepdpo_kernels.cli import main
+from stepdpo_kernels.cli.train import parse
+from tests.trainer.training import assert_same_weights, entries, weights, write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny products are fastest on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+REQUIRED = ["--model", "m", "--data", "d", "--output-dir", "o"]
+
+
+@pytest.fixture
+def yaml_file(tmp_path) -> Callable[[Any], str]:
+    def write(values: Any) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+        return str(path)
+
+    return write
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_alone():
+    options, config = parse([*REQUIRED, "--beta", "0.2", "--share=pair", "--strict", "--pairs_per_step", "6"])
+    assert (options.model, options.data, options.strict, options.max_length) == ("m", "d", True, 1024)
+    assert (config.output_dir, config.beta, config.share, config.pairs_per_step) == ("o", 0.2, "pair", 6)
+
+
+@pytest.mark.parametrize("dash", ["_", "-"])
+def test_names_are_written_with_dashes_or_underscores(dash, yaml_file):
+    name = "max_tokens_per_batch".replace("_", dash)
+    assert parse([*REQUIRED, f"--{name}", "77"])[1].max_tokens_per_batch == 77
+    assert parse([*REQUIRED, "--config", yaml_file({name: 77})])[1].max_tokens_per_batch == 77
+
+
+def test_a_file_gives_options_and_the_command_line_overrides_them(yaml_file):
+    file = yaml_file(
+        """
+        model: from-file
+        data: pairs.jsonl
+        output_dir: out
+        beta: 0.1
+        learning_rate: 5e-7   # YAML reads this as text
+        strict: true
+        bf16: false
+        limit: null
+        warmup_steps: 0.05
+        share: pair
+        report_to: [tensorboard]
+        lr_scheduler_kwargs: {num_cycles: 0.3}
+        """
+    )
+    options, config = parse(["--config", file])
+    assert (options.model, options.strict, options.limit) == ("from-file", True, None)
+    assert (config.beta, config.learning_rate, config.bf16, config.share) == (0.1, 5e-7, False, "pair")
+    assert config.warmup_steps == 0.05
+    assert config.report_to == ["tensorboard"]
+    assert config.lr_scheduler_kwargs == {"num_cycles": 0.3}
+    for arguments in (
+        ["--beta", "0.3", "--config", file],
+        ["--config", file, "--beta", "0.3"],
+        [f"--config={file}", "--beta=0.3"],
+    ):
+        options, config = parse([*arguments, "--strict", "false", "--model", "other", "--report_to", "none"])
+        assert (options.model, options.data, options.strict) == ("other", "pairs.jsonl", False)
+        assert (config.beta, config.share, config.report_to) == (0.3, "pair", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("false", None), ("False", None), ("checkpoint-3", "checkpoint-3")]
+)
+def test_what_to_resume_from(text, value, yaml_file):
+    from stepdpo_kernels.cli.train import _resume
+
+    for arguments in (["--resume_from_checkpoint", text], ["--config", yaml_file(f"resume_from_checkpoint: {text}")]):
+        assert _resume(parse([*REQUIRED, *arguments])[1].resume_from_checkpoint) is value or value == text
+    assert _resume(parse(REQUIRED)[1].resume_from_checkpoint) is None
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for name in (
+        "--model",
+        "--data",
+        "--output_dir",
+        "--config",
+        "--beta",
+        "--max_tokens_per_batch",
+        "--learning_rate",
+    ):
+        assert name in text
+    assert "Token budget of one forward pass" in text
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def arguments(tiny_model, tiny_tokenizer, step_records, tmp_path) -> Callable[..., list[str]]:
+    """arguments(output_dir, **options): `train` on 24 pairs in tmp_path, two epochs of steps of four pairs."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    data = write_jsonl(tmp_path / "data.jsonl", step_records(6, 4))
+
+    def make(output_dir: str, **options: Any) -> list[str]:
+        settings = {
+            "model": tmp_path / "model",
+            "data": data,
+            "output_dir": tmp_path / output_dir,
+            "reference_cache_dir": tmp_path / "cache",
+            "pairs_per_step": 4,
+            "max_tokens_per_batch": 250,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-3,
+            "save_steps": 2,
+            "disable_tqdm": True,
+            **options,
+        }
+        return ["train", *(text for name, value in settings.items() for text in (f"--{name}", str(value)))]
+
+    return make
+
+
+def run(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 0
+
+
+def test_a_run_reports_what_was_left_out_and_leaves_a_plain_model(arguments, tiny_model, tmp_path, capsys):
+    run(arguments("run", max_length=95, bf16=True))
+    out = capsys.readouterr().out
+    assert "data.jsonl: 24 records, 23 kept; 1 left out as too_long: data.jsonl, line 7" in out
+    assert f"trained 12 steps on 23 pairs; the model is in {tmp_path / 'run'}" in out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not torch.equal(model.lm_head.weight, tiny_model().lm_head.weight)
+    AutoTokenizer.from_pretrained(tmp_path / "run")
+    first = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"][0]
+    assert first["rewards/margins"] == 0.0
+
+
+def test_evaluation_pairs_limit_and_tokenizer(arguments, step_records, tmp_path, capsys):
+    held_out = write_jsonl(tmp_path / "eval.jsonl", step_records(1, 3, seed=4))
+    run(
+        arguments(
+            "run",
+            eval_data=held_out,
+            eval_strategy="steps",
+            eval_steps=1,
+            limit=8,
+            tokenizer=tmp_path / "model",
+            num_train_epochs=1,
+        )
+    )
+    assert "trained 2 steps on 8 pairs" in capsys.readouterr().out
+    history = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_loss" in entry for entry in history) == 2
+
+
+def test_a_run_can_be_repeated_resumed_and_gives_the_same(arguments, tmp_path, capsys):
+    run(arguments("one"))
+    run(arguments("two"))
+    capsys.readouterr()
+    same = {p.name: p.read_bytes() for p in (tmp_path / "one").glob("*.safetensors")}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "two").glob("*.safetensors")} == same
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments("one"))
+    assert exit_.value.code == 2
+    assert "holds another run" in capsys.readouterr().err
+    # The finished run's last checkpoint is at the end: nothing is left to train, and the model is the same.
+    run(arguments("one", resume_from_checkpoint="true"))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "one").glob("*.safetensors")} == same
+
+
+def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(arguments, tmp_path, capsys, monkeypatch):
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("data.load_step_pairs", "trainer.load_model", "trainer.StepDPOTrainer.training_step"):
+        with monkeypatch.context() as patch:
+            name = place.rpartition(".")[2]
+            if place.count(".") == 1:
+                patch.setattr(f"stepdpo_kernels.cli.train.{name}", interrupted)
+            else:
+                patch.setattr(f"stepdpo_kernels.{place}", interrupted)
+            with pytest.raises(SystemExit) as exit_:
+                main(arguments("deep/run"))
+        assert exit_.value.code == 130
+        assert "interrupted before the first checkpoint" in capsys.readouterr().err
+        assert not (tmp_path / "deep").exists()
+    run(arguments("deep/run"))
+
+
+# ---- a process of its own -------------------------------------------------------------------------------------------
+
+
+def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    """On one thread, as the tests are, so that results compare bit for bit."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", "from stepdpo_kernels.cli import main; main()", *arguments],
+        env=environment,
+        cwd=Path(__file__).resolve().parents[2],
+        stdout=(folder / "stdout").open("w"),
+        stderr=(folder / "stderr").open("w"),
+        text=True,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, "the run ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_loads_and_goes_on(arguments, tmp_path):
+    options = {"num_train_epochs": 10, "save_total_limit": 2}
+    process = start(arguments("run", **options), tmp_path)
+    try:
+        wait_for(tmp_path / "run" / "checkpoint-2", process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+    said = (tmp_path / "stderr").read_text()
+    left = entries(tmp_path / "run")
+    assert "Traceback" not in said
+    assert left[-1] == "stepdpo_run.json"
+    assert all(name.startswith("checkpoint-") for name in left[:-1])
+    last = max(left[:-1], key=lambda name: int(name.partition("-")[2]))
+    assert last != "checkpoint-60"
+    assert f"interrupted; the last checkpoint is {tmp_path / 'run' / last}" in said
+    assert "continue with --resume_from_checkpoint true" in said
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / last)
+
+    run(arguments("run", resume_from_checkpoint="true", **options))
+    run(arguments("undisturbed", **options))
+    resumed, undisturbed = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("run", "undisturbed"))
+    assert_same_weights(weights(resumed), weights(undisturbed))
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(arguments, tmp_path):
+    """SIGKILL at moments that have nothing to do with steps; the run gets there, and to the same weights."""
+    options = {"num_train_epochs": 4, "save_steps": 1, "save_total_limit": 2}
+    folder = tmp_path / "run"
+    for number, delay in enumerate((0.0, 0.1, 0.25, 0.4)):
+        resume = {"resume_from_checkpoint": "true"} if number else {}
+        process = start(arguments("run", **options, **resume), tmp_path)
+        try:
+            before = entries(folder)
+            while process.poll() is None and entries(folder) == before:
+                time.sleep(0.001)
+            time.sleep(delay)
+        finally:
+            process.kill()
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "stderr").read_text()
+        assert "stepdpo_run.json" in entries(folder)
+        for checkpoint in folder.glob("checkpoint-*"):
+            AutoModelForCausalLM.from_pretrained(checkpoint)
+    run(arguments("run", resume_from_checkpoint="true", **options))
+    run(arguments("undisturbed", **options))
+    resumed, undisturbed = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("run", "undisturbed"))
+    assert_same_weights(weights(resumed), weights(undisturbed))
+    assert entries(folder) == entries(tmp_path / "undisturbed")
