@@ -36,7 +36,7 @@ _HOME = {
     "use_impl": "_dispatch",
 }
 
-__all__ = [  # noqa: RUF022 (types first)
+__all__ = [
     "PackedBatch",
     "StepDPOConfig",
     "StepDPOError",

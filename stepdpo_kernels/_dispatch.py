@@ -78,7 +78,9 @@ def use_impl(everywhere: str | None = None, /, **by_op: str) -> Iterator[None]:
 def _check_known(op: str, name: str) -> None:
     if op != "*" and op not in _implementations:
         raise ValueError(f"no operation {op!r}; there are: {', '.join(sorted(_implementations))}")
-    known = implementations(op) if op != "*" else [n for n in PREFERENCE if any(n in i for i in _implementations.values())]
+    known = (
+        implementations(op) if op != "*" else [n for n in PREFERENCE if any(n in i for i in _implementations.values())]
+    )
     if name not in (*known, "auto"):
         where = f"operation {op!r}" if op != "*" else "any operation"
         raise ValueError(f"no implementation {name!r} of {where}; there are: auto, {', '.join(known)}")

@@ -55,7 +55,7 @@ def test_a_pair_is_a_value() -> None:
     ):
         assert one != other
     with pytest.raises(FrozenInstanceError):
-        one.weight = 2.0  # type: ignore[misc]
+        one.weight = 2.0
     assert pickle.loads(pickle.dumps(one)) == copy.deepcopy(one) == one
 
 

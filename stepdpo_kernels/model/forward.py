@@ -24,8 +24,8 @@ def packed_forward(model: Any, batch: PackedBatch) -> Tensor:
 
     Args:
         model: a transformers causal language model (SUPPORTED_MODEL_TYPES), also wrapped by PEFT. Call
-            `enable_packed_forward` instead where FSDP, ZeRO or DDP wraps the model. The model is switched to the attention
-            implementation `stepdpo_tree`, under which ordinary calls compute SDPA.
+            `enable_packed_forward` instead where FSDP, ZeRO or DDP wraps the model. The model is switched to the
+            attention implementation `stepdpo_tree`, under which ordinary calls compute SDPA.
         batch: on the model's device.
 
     Returns:

@@ -37,9 +37,7 @@ def unpack(batch: PackedBatch) -> list[StepPair]:
         if some is None:
             raise ValueError(f"pair {batch.pair_ids[p]!r} has two empty branches")
         chosen, rejected = (targets[branch_rows[s]] for s in sides)
-        pairs.append(
-            StepPair(prefix_of(some), chosen, rejected, id=batch.pair_ids[p], weight=float(batch.weights[p]))
-        )
+        pairs.append(StepPair(prefix_of(some), chosen, rejected, id=batch.pair_ids[p], weight=float(batch.weights[p])))
     return pairs
 
 

@@ -176,7 +176,7 @@ def test_a_step_whose_characters_make_no_tokens_is_empty(words: Any, write: Writ
 
     file = write("a.jsonl", record(chosen=" \a"), record())
     for boundary in ("joint", "separate"):
-        dataset = load_step_pairs(file, Deaf(), boundary=boundary)  # type: ignore[arg-type]
+        dataset = load_step_pairs(file, Deaf(), boundary=boundary)
         assert dataset.report.dropped == {"empty_branch": 1}
 
 

@@ -41,7 +41,7 @@ def test_a_read_only_sequence():
 
 def test_a_torch_dataset():
     dataset = StepPairDataset([pair(id=str(i)) for i in range(5)])
-    batches = list(DataLoader(dataset, batch_size=2, collate_fn=list))  # type: ignore[arg-type]
+    batches = list(DataLoader(dataset, batch_size=2, collate_fn=list))
     assert [[p.id for p in batch] for batch in batches] == [["0", "1"], ["2", "3"], ["4"]]
     again = pickle.loads(pickle.dumps(dataset))  # as DataLoader's worker processes get it
     assert again.fingerprint == dataset.fingerprint

@@ -68,7 +68,8 @@ def _check(
 ) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"hidden must be (R, D) and weight (V, D) with the same D, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            "hidden must be (R, D) and weight (V, D) with the same D, "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     if target.shape != (rows,) or target.dtype != torch.int64:
@@ -79,7 +80,10 @@ def _check(
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")
     if len({t.device for t in (hidden, weight, target, bias) if t is not None}) != 1:
-        raise ValueError(f"hidden, weight, target and bias must be on one device, got {hidden.device}, {weight.device}, {target.device}")
+        raise ValueError(
+            "hidden, weight, target and bias must be on one device, "
+            f"got {hidden.device}, {weight.device}, {target.device}"
+        )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if logit_scale is not None and not abs(logit_scale) < float("inf"):
