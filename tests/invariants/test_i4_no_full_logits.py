@@ -54,6 +54,17 @@ def test_peak_of_the_chunked_head(rows: int, vocabulary: int, dtype: torch.dtype
     assert allocations.largest <= CHUNK
 
 
+@pytest.mark.parametrize("impl", ["chunked", "auto"])
+def test_a_few_rows_do_not_cast_the_whole_weight(impl: str) -> None:
+    # 4 rows of logits are next to nothing, and a float32 copy of W would be twice W
+    hidden, weight, target = _inputs(4, 60_000, 512, torch.bfloat16)
+    weight.requires_grad_(False)
+    assert 4 * weight.numel() > 1.5 * CHUNKS * CHUNK
+    allocations = _peak(lambda: linear_logprob(hidden, weight, target, impl=impl))
+    assert allocations.largest <= CHUNK
+    assert allocations.peak <= CHUNKS * CHUNK
+
+
 def test_more_rows_or_columns_need_no_more() -> None:
     peaks = {}
     for rows, vocabulary in ((512, 30_000), (512, 60_000), (1024, 60_000)):

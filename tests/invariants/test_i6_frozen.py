@@ -103,7 +103,7 @@ def test_lora_trains_its_adapter_and_nothing_else(tiny_model: Make) -> None:
     model: Any = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     (batch,) = pack_pairs(forest_pairs(), 10_000)
     head = causal_lm(model).lm_head
-    with FlopCounterMode(model, display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         hidden = packed_forward(model, batch)
         before = counter.get_total_flops()
         out = StepDPOLoss(reference_free=True, impl="chunked").packed(hidden, head.weight, batch)

@@ -23,9 +23,12 @@ CHUNK_BYTES = 16 * 1024 * 1024
 MIN_COLUMNS = 512
 
 
-def columns_per_chunk(rows: int, element_bytes: int = 4) -> int:
-    """How many vocabulary columns a chunk has: as many as CHUNK_BYTES holds for this many rows."""
-    return max(MIN_COLUMNS, CHUNK_BYTES // (element_bytes * max(rows, 1)) // 64 * 64)
+def columns_per_chunk(depth: int, element_bytes: int = 4) -> int:
+    """How many vocabulary columns a chunk has: as many as CHUNK_BYTES holds of columns this long.
+
+    They are R long in the logits and D long in the part of W that is cast, so `depth` is the larger of the two.
+    """
+    return max(MIN_COLUMNS, CHUNK_BYTES // (element_bytes * max(depth, 1)) // 64 * 64)
 
 
 def rows_per_chunk(element_bytes: int = 4) -> int:
@@ -62,7 +65,7 @@ class _ChunkedLogprob(torch.autograd.Function):
             x = hidden[rows].to(compute)
             top = lse.new_full((x.shape[0],), -torch.inf)
             total = torch.zeros_like(top)
-            for cols in _column_chunks(weight.shape[0], x.shape[0], compute.itemsize):
+            for cols in _column_chunks(weight.shape[0], max(x.shape), compute.itemsize):
                 z = _logits(x, weight[cols], None if bias is None else bias[cols], softcap, logit_scale)
                 inside, local = _target_in(target[rows], cols)
                 hit = z.gather(1, local[:, None])[:, 0]
@@ -93,7 +96,7 @@ class _ChunkedLogprob(torch.autograd.Function):
             x = hidden[rows].to(compute)
             g = grad[rows].to(compute)[:, None]  # (R, 1)
             gx = (g * x).to(stored) if need_weight else None
-            for cols in _column_chunks(weight.shape[0], x.shape[0], compute.itemsize):
+            for cols in _column_chunks(weight.shape[0], max(x.shape), compute.itemsize):
                 z = _logits(x, weight[cols], None if bias is None else bias[cols], softcap, scale)
                 slope = None if softcap is None else 1 - (z / softcap).square_()
                 inside, local = _target_in(target[rows], cols)
@@ -127,8 +130,8 @@ def _row_chunks(rows: int, element_bytes: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _column_chunks(columns: int, rows: int, element_bytes: int) -> list[slice]:
-    size = columns_per_chunk(rows, element_bytes)
+def _column_chunks(columns: int, depth: int, element_bytes: int) -> list[slice]:
+    size = columns_per_chunk(depth, element_bytes)
     return [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
