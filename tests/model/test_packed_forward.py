@@ -81,6 +81,19 @@ def test_hidden_states_have_the_models_dtype(tiny_model: Make, dtype: torch.dtyp
     assert packed_forward(tiny_model(dtype=dtype), _batch()).dtype == dtype
 
 
+def test_autocast(tiny_model: Make) -> None:
+    batch, model = _batch(), tiny_model("qwen2")
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = packed_forward(model, batch)
+        expected = _path_by_path(model, batch)
+    ours.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.base_model.parameters())
+    exact = _path_by_path(model, batch)
+    # as far from float32 as eager attention is
+    error, eager_error = ((x.float() - exact).norm() / exact.norm() for x in (ours, expected))
+    assert error < 1.5 * eager_error < 0.1
+
+
 def _padded() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(3, 512, (3, 20), generator=generator)
