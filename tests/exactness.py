@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2 sliding": ("qwen2", {**SLIDING, "num_hidden_layers": 3}),
 }
+
+
+def training_model(
+    tiny_model: Callable[..., PreTrainedModel], which: str, training: str = "full", **more: Any
+) -> PreTrainedModel:
+    """One of MODELS in train mode; training: "full", "checkpointing", "lora" or "lora and checkpointing"."""
+    kind, config = MODELS[which]
+    model = tiny_model(kind, **{**config, **more}).train()
+    if "lora" in training:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = get_peft_model(model, lora)
+    if "checkpointing" in training:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
 
 
 @dataclass
