@@ -12,6 +12,7 @@ from stepdpo_kernels.packing import SHARE_MODES
 from stepdpo_kernels.types import StepDPOError
 
 REFERENCES = ("precomputed", "none")
+ORDERS = ("random", "sequential")
 
 
 @dataclass
@@ -48,6 +49,10 @@ class StepDPOConfig(TrainingArguments):
     # None first: HfArgumentParser takes a union for what stands last in it.
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Where to report metrics."})
 
+    train_sampling_strategy: str = field(
+        default="random", metadata={"help": "Order of the pairs in an epoch: random or sequential."}
+    )
+
     beta: float = field(default=0.4, metadata={"help": "Strength of the pull towards the reference."})
     loss_type: str = field(default="sigmoid", metadata={"help": f"Pair loss: {', '.join(LOSS_TYPES)}."})
     label_smoothing: float = field(
@@ -71,7 +76,12 @@ class StepDPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        for name, choices in (("loss_type", LOSS_TYPES), ("share", SHARE_MODES), ("reference", REFERENCES)):
+        for name, choices in (
+            ("loss_type", LOSS_TYPES),
+            ("share", SHARE_MODES),
+            ("reference", REFERENCES),
+            ("train_sampling_strategy", ORDERS),
+        ):
             if getattr(self, name) not in choices:
                 raise StepDPOError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if not 0 < self.beta < float("inf"):

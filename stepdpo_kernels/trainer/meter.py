@@ -43,20 +43,21 @@ class Meter:
         self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
 
     def drain(self, accelerator: Accelerator, *, losses_are_sums: bool = False) -> dict[str, float]:
-        """Means over the pairs of all processes, and everything starts again at zero.
+        """Means over the pairs of all processes, and everything starts again at zero. All processes must call it.
 
         losses_are_sums: the losses added were sums over pairs (num_pairs=1), so their mean is reported as well.
         """
-        if self._sums is None or self._since is None:
-            return {}
-        seconds = time.perf_counter() - self._since
-        counts = torch.tensor(self._counts, dtype=torch.float32, device=self._sums.device)
-        totals = accelerator.reduce(torch.cat([self._sums, counts]), reduction="sum").tolist()
-        *sums, loss, pairs, tokens, unshared, batches = totals
+        sums = self._sums if self._sums is not None else torch.zeros(len(_PER_PAIR) + 1, device=accelerator.device)
+        counts = torch.tensor(self._counts, dtype=torch.float32, device=sums.device)
+        totals = accelerator.reduce(torch.cat([sums, counts]), reduction="sum").tolist()
+        *means, loss, pairs, tokens, unshared, batches = totals
+        seconds = time.perf_counter() - self._since if self._since is not None else float("nan")
         self._sums, self._counts, self._since = None, [0, 0, 0, 0], None
+        if not pairs:
+            return {}
         return {
             **({"loss": loss / pairs} if losses_are_sums else {}),
-            **{name: value / pairs for name, value in zip(_LOGGED_AS, sums, strict=True)},
+            **{name: value / pairs for name, value in zip(_LOGGED_AS, means, strict=True)},
             "tokens/saved": 1 - tokens / unshared,
             "tokens/batch": tokens / batches,
             "pairs_per_second": pairs / seconds,

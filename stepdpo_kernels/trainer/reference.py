@@ -117,7 +117,7 @@ def compute_ref_logps(
 
     `steps` are those that the policy is going to see and `logps_of(model, batch)` (2P,) is its own forward: in the same
     forests the same weights give the same bits, so a policy that has not moved has margins of exactly zero. Each
-    process computes its own steps; the tables are combined (a pair that two processes had gets the mean).
+    process computes its own steps, and all get all of the table.
     """
     device = accelerator.device
     table, seen = torch.zeros(num_pairs, 2, device=device), torch.zeros(num_pairs, 1, device=device)
@@ -125,6 +125,7 @@ def compute_ref_logps(
     model.eval()
     with tqdm(total=num_pairs, desc="reference log-probs", unit="pair", disable=not progress) as bar:
         for batch in chain.from_iterable(steps):
+            batch = batch.to(device)
             table[batch.pair_index] = logps_of(model, batch).view(2, -1).T.float()
             seen[batch.pair_index] = 1
             bar.update(batch.num_pairs * accelerator.num_processes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -25,7 +26,7 @@ from stepdpo_kernels.trainer.checks import (
     refuse_mode,
     warn_of_lost_updates,
 )
-from stepdpo_kernels.trainer.collate import IndexedPairs, StepCollator
+from stepdpo_kernels.trainer.collate import IndexedPairs, SetEpoch, StepCollator, step_loader, step_sampler
 from stepdpo_kernels.trainer.config import StepDPOConfig
 from stepdpo_kernels.trainer.loading import load_model
 from stepdpo_kernels.trainer.meter import Meter
@@ -130,6 +131,7 @@ class StepDPOTrainer(Trainer):
         mode = self.accelerator.distributed_type.value
         if mode in _REFUSED_MODES:
             refuse_mode(mode)
+        self.add_callback(SetEpoch)
         self._meter = Meter()
         self._staging: Path | None = None
         self._reference_keys: dict[str, dict[str, str]] = {}
@@ -165,7 +167,11 @@ class StepDPOTrainer(Trainer):
             max_tokens_per_batch=args.max_tokens_per_batch,
             share=args.share,
             **(
-                {"pairs_per_step": args.pairs_per_step, "seed": args.seed, "data_seed": args.data_seed}
+                {
+                    "pairs_per_step": args.pairs_per_step,
+                    "order": args.train_sampling_strategy,
+                    "seed": self._order_seed(),
+                }
                 if name == "train"
                 else {"per_device_eval_batch_size": args.per_device_eval_batch_size}
             ),
@@ -185,11 +191,29 @@ class StepDPOTrainer(Trainer):
                 left = table.isnan().any(dim=1)  # pairs that dataloader_drop_last keeps out of the first epoch
                 if left.any():
                     step = self.data_collator([dataset[i] for i in left.nonzero()[:, 0].tolist()])
-                    table[left] = table_of([[batch.to(args.device) for batch in step]])[left]
+                    table[left] = table_of([step])[left]
             return table
 
         table = load_or_compute(args.reference_cache_dir, key, compute, self.accelerator)
         dataset.ref_logps = table.to(args.device)
+
+    # ---- optimiser steps ----------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """One item for each optimiser step: this process's share of its pairs, packed."""
+        args = self.args
+        seed = None if args.train_sampling_strategy == "sequential" else self._order_seed()
+        per_step = args.per_device_train_batch_size * args.world_size
+        sampler = step_sampler(self.train_dataset, per_step, args, seed=seed, drop_last=args.dataloader_drop_last)
+        return step_loader(self.train_dataset, sampler, self.data_collator, args)
+
+    def get_eval_dataloader(self, eval_dataset: IndexedPairs | None = None) -> DataLoader[Any]:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        sampler = step_sampler(dataset, self.args.per_device_eval_batch_size * self.args.world_size, self.args)
+        return step_loader(dataset, sampler, self.data_collator, self.args)
+
+    def _order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -241,15 +265,23 @@ class StepDPOTrainer(Trainer):
             self.optimizer.train()
         num_pairs = self._pairs_per_process(inputs)
         total = torch.zeros((), device=self.args.device)
-        for i, batch in enumerate(inputs):
-            is_last = i == len(inputs) - 1
+        batches = inputs or self._nothing()
+        for i, batch in enumerate(batches):
+            batch = batch.to(self.args.device)
+            is_last = i == len(batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     output = self._packed_loss(model, batch, self.train_dataset, num_pairs)
                 self.accelerator.backward(output.loss)
-            total += output.loss.detach()
-            self._meter.add(batch, output)
+            if inputs:
+                total += output.loss.detach()
+                self._meter.add(batch, output)
         return total
+
+    def _nothing(self) -> list[PackedBatch]:
+        """For a process without a pair in this step, which must still take part in the sum of gradients: with zeros."""
+        (batch,) = self.data_collator([self.train_dataset[0]])
+        return [replace(batch, weights=torch.zeros_like(batch.weights))]
 
     def _pairs_per_process(self, inputs: list[PackedBatch]) -> float:
         """Pairs of this optimiser step over all processes, divided by the processes that average their gradients."""
@@ -322,13 +354,14 @@ class StepDPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        model = self.model_wrapped if self.is_in_train else self.model
-        model.eval()
+        # Not the wrapped model: processes may have different numbers of forward passes here.
+        self.model.eval()
         meter = Meter()
         meter.start()
         for batch in chain.from_iterable(dataloader):
+            batch = batch.to(self.args.device)
             with self.compute_loss_context_manager():
-                meter.add(batch, self._packed_loss(model, batch, dataloader.dataset, num_pairs=1))  # type: ignore[arg-type]
+                meter.add(batch, self._packed_loss(self.model, batch, dataloader.dataset, num_pairs=1))  # type: ignore[arg-type]
         means = meter.drain(self.accelerator, losses_are_sums=True)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(
