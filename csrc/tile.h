@@ -35,10 +35,11 @@ STEPDPO_INLINE void store(void* to, const Vector& v) {
   std::memcpy(to, &v, sizeof(v));
 }
 
-// exp(x) to 2 ulp for x < 88, 0 below -87; NaN stays NaN. 2^n times the Taylor polynomial of degree 7 on |r| <= ln(2)/2.
+// exp(x) to 2 ulp for -87 < x < 88, and what it is at those ends beyond them; NaN stays NaN. 2^n times the Taylor polynomial of degree 7 on |r| <= ln(2)/2.
 STEPDPO_INLINE Floats exp16(Floats x) {
-  const Floats top = Floats{} + 88.f;
+  const Floats top = Floats{} + 88.f, bottom = Floats{} - 87.f;
   x = x > top ? top : x;
+  x = x < bottom ? bottom : x;
   constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
   const Floats n = (x * 1.44269504088896341f + round) - round;
   const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -50,7 +51,7 @@ STEPDPO_INLINE Floats exp16(Floats x) {
   p = p * r + 1.f;
   p = p * r + 1.f;
   const Ints bits = fetch<Ints>(&p) + (__builtin_convertvector(n, Ints) << 23);
-  return x < Floats{} - 87.f ? Floats{} : fetch<Floats>(&bits);
+  return fetch<Floats>(&bits);
 }
 
 // tanh(x): its Taylor polynomial of degree 9 near 0, where 1 - 2 / (e^2x + 1) would cancel.
@@ -92,7 +93,8 @@ template <typename T, bool kSoftcap>
 STEPDPO_INLINE void row_pass_of(const Tile<T>& t) {
   for (int64_t r = 0; r < t.rows; r += kLanes) {
     const Floats ref = fetch<Floats>(t.ref + r);
-    const Ints target = fetch<Ints>(t.target + r);
+    // Relative to the tile and as float, which is exact where it can be equal to an index of the tile.
+    const Floats target = __builtin_convertvector(fetch<Ints>(t.target + r) - static_cast<int32_t>(t.first_token), Floats);
     Floats sum{}, top = Floats{} - __builtin_inff();
     for (int64_t v = 0; v < t.tokens; v++) {
       Floats z = fetch<Floats>(t.z + v * t.rows + r);
@@ -106,7 +108,7 @@ STEPDPO_INLINE void row_pass_of(const Tile<T>& t) {
       }
       const Floats d = z - ref;
       top = d > top ? d : top;
-      const Floats e = target == static_cast<int32_t>(t.first_token + v) ? Floats{} : exp16(d);
+      const Floats e = target == static_cast<float>(v) ? Floats{} : exp16(d);
       sum = sum + e;
       store_rounded(t.e + v * t.rows + r, e * slope);
     }
@@ -129,15 +131,16 @@ STEPDPO_PER_ISA static void row_pass(const Tile<c10::BFloat16>& t) {
   t.softcap ? row_pass_of<c10::BFloat16, true>(t) : row_pass_of<c10::BFloat16, false>(t);
 }
 
-// Two rows of B side by side, as products of bfloat16 pairs want them: to[2n] = even[n], to[2n + 1] = odd[n].
-STEPDPO_PER_ISA static void interleave(const c10::BFloat16* even, const c10::BFloat16* odd, int64_t n, c10::BFloat16* to) {
+// Two rows of 16-bit elements side by side, as products of pairs want them: to[2n] = even[n], to[2n + 1] = odd[n].
+STEPDPO_PER_ISA static void interleave(const void* even, const void* odd, int64_t n, void* to) {
+  const auto *low = static_cast<const uint16_t*>(even), *high = static_cast<const uint16_t*>(odd);
+  auto* out = static_cast<uint16_t*>(to);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    const Words low = __builtin_convertvector(fetch<Halves>(even + i), Words);
-    const Words high = __builtin_convertvector(fetch<Halves>(odd + i), Words);
-    store(to + 2 * i, low | (high << 16));
+    const Words pair = __builtin_convertvector(fetch<Halves>(low + i), Words) | (__builtin_convertvector(fetch<Halves>(high + i), Words) << 16);
+    store(out + 2 * i, pair);
   }
-  for (; i < n; i++) to[2 * i] = even[i], to[2 * i + 1] = odd[i];
+  for (; i < n; i++) out[2 * i] = low[i], out[2 * i + 1] = high[i];
 }
 
 STEPDPO_INLINE Floats widen(const float* from) { return fetch<Floats>(from); }
@@ -147,15 +150,16 @@ STEPDPO_INLINE Floats widen(const c10::BFloat16* from) {
   return fetch<Floats>(&bits);
 }
 
-// C (m, n) = A (m, k) B (k, n), or +=, float32 sums: kM rows by kLanes columns at a time in registers.
+// C (m, n) = A (m, k) B (k, n), or +=, with float32 sums, for CPUs where no library does it: kM rows by kLanes columns of C
+// at a time in registers.
 template <int kM, typename T>
-STEPDPO_INLINE void product_rows(int64_t n, int64_t k, const T* a, int64_t lda, const T* b, float* c, int64_t ldc, bool add) {
+STEPDPO_INLINE void product_rows(int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
     Floats sum[kM];
     for (int i = 0; i < kM; i++) sum[i] = add ? fetch<Floats>(c + i * ldc + j) : Floats{};
     for (int64_t p = 0; p < k; p++) {
-      const Floats right = widen(b + p * n + j);
+      const Floats right = widen(b + p * ldb + j);
       for (int i = 0; i < kM; i++) sum[i] = sum[i] + static_cast<float>(a[i * lda + p]) * right;
     }
     for (int i = 0; i < kM; i++) store(c + i * ldc + j, sum[i]);
@@ -163,26 +167,20 @@ STEPDPO_INLINE void product_rows(int64_t n, int64_t k, const T* a, int64_t lda, 
   for (; j < n; j++)
     for (int i = 0; i < kM; i++) {
       float sum = add ? c[i * ldc + j] : 0.f;
-      for (int64_t p = 0; p < k; p++) sum += static_cast<float>(a[i * lda + p]) * static_cast<float>(b[p * n + j]);
+      for (int64_t p = 0; p < k; p++) sum += static_cast<float>(a[i * lda + p]) * static_cast<float>(b[p * ldb + j]);
       c[i * ldc + j] = sum;
     }
 }
 
-template <typename T>
-STEPDPO_INLINE void product_of(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, float* c, int64_t ldc, bool add) {
-  constexpr int kM = 6;
-  int64_t i = 0;
-  for (; i + kM <= m; i += kM) product_rows<kM>(n, k, a + i * lda, lda, b, c + i * ldc, ldc, add);
-  for (; i < m; i++) product_rows<1>(n, k, a + i * lda, lda, b, c + i * ldc, ldc, add);
-}
-
-STEPDPO_PER_ISA static void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc, bool add) {
-  product_of(m, n, k, a, lda, b, c, ldc, add);
-}
-
-STEPDPO_PER_ISA static void product(
-    int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda, const c10::BFloat16* b, float* c, int64_t ldc, bool add) {
-  product_of(m, n, k, a, lda, b, c, ldc, add);
-}
+#define STEPDPO_PRODUCT(T)                                                                                                        \
+  STEPDPO_PER_ISA static void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, \
+                                      int64_t ldc, bool add) {                                                                    \
+    int64_t i = 0;                                                                                                                \
+    for (; i + 6 <= m; i += 6) product_rows<6>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);                            \
+    for (; i < m; i++) product_rows<1>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);                                    \
+  }
+STEPDPO_PRODUCT(float)
+STEPDPO_PRODUCT(c10::BFloat16)
+#undef STEPDPO_PRODUCT
 
 }  // namespace stepdpo

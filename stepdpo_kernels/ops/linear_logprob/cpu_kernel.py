@@ -1,8 +1,9 @@
 """The C++ CPU operator: float32 and bfloat16, logits only as tiles in cache. Its maths is in csrc/linear_logprob.cpp.
 
 Forward computes dX up to the upstream gradient while W is at hand, and keeps E = exp(z - z_target) in the input dtype
-for as much of the vocabulary as `kept_tiles` allows; backward recomputes the rest. So a full backward costs three
-products in all where everything is kept and four where nothing is; a frozen head two, log-probs alone one.
+in the memory that becomes dW: a row of dW has room for E of D loss rows. `extra_rows` says how many more are kept beside
+it; what is not kept, backward recomputes. So a full backward costs three products in all where everything is kept,
+a frozen head two, log-probs alone one.
 """
 
 from __future__ import annotations
@@ -16,26 +17,24 @@ from torch import Tensor
 
 logger = logging.getLogger("stepdpo_kernels")
 
-VOCAB_TILE = 128  # kVocab in csrc/linear_logprob.cpp
+ROW_BLOCK = 128  # kRows in csrc/linear_logprob.cpp
 LANES = 16  # rows are padded to a multiple of this
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def kept_tiles(rows: int, hidden_size: int, vocabulary: int, element_bytes: int, limit_bytes: int | None = None) -> int:
-    """How many tiles of the vocabulary forward keeps E of, for a backward that needs dW.
+def extra_rows(rows: int, hidden_size: int, vocabulary: int, element_bytes: int, limit_bytes: int | None = None) -> int:
+    """Of how many loss rows forward keeps E beside the memory of dW, for a backward that needs dW.
 
-    As many as fit into a bfloat16 [min(R, 2D), V], which at R > 2D is the size of a float32 dW; or into `limit_bytes`
-    if that is less.
+    All that do not fit into dW, or as many as fit into a bfloat16 [min(R, 2D), V], the size of a float32 dW at
+    R > 2D; or into `limit_bytes` if that is less.
     """
+    padded = -(-rows // LANES) * LANES
+    in_weight = padded if padded <= hidden_size else hidden_size // ROW_BLOCK * ROW_BLOCK
     budget = 2 * min(rows, 2 * hidden_size) * vocabulary
     if limit_bytes is not None:
         budget = min(budget, limit_bytes)
-    tile = VOCAB_TILE * _padded(rows) * element_bytes
-    return min(budget // tile, -(-vocabulary // VOCAB_TILE))
-
-
-def _padded(rows: int) -> int:
-    return (rows + LANES - 1) // LANES * LANES
+    affordable = budget // (vocabulary * element_bytes)
+    return padded - in_weight if affordable >= padded - in_weight else affordable // ROW_BLOCK * ROW_BLOCK
 
 
 def _load() -> str | None:
@@ -54,43 +53,47 @@ def _register() -> None:
     ops = torch.ops.stepdpo_kernels
 
     @torch.library.register_fake("stepdpo_kernels::linear_logprob_forward")
-    def _(hidden, weight, target, bias, softcap, logit_scale, need_hidden, kept_tiles):  # type: ignore[no-untyped-def]
-        rows = hidden.shape[0]
+    def _(hidden, weight, target, bias, softcap, logit_scale, need_hidden, need_weight, extra_rows):  # type: ignore[no-untyped-def]
+        rows, size = hidden.shape
         return (
             hidden.new_empty(rows, dtype=torch.float32),
             hidden.new_empty(3, rows, dtype=torch.float32),
-            hidden.new_empty(hidden.shape if need_hidden else (0, 0), dtype=torch.float32),
-            hidden.new_empty(kept_tiles * VOCAB_TILE * _padded(rows)),
+            hidden.new_empty(rows if need_hidden else 0, size, dtype=torch.float32),
+            weight.new_empty(weight.shape[0] if need_weight else 0, size),
+            weight.new_empty(weight.shape[0] * extra_rows),
         )
 
     @torch.library.register_fake("stepdpo_kernels::linear_logprob_backward")
-    def _(grad, row, kept, hidden, weight, target, bias, softcap, logit_scale, need_weight, need_bias):  # type: ignore[no-untyped-def]
-        return (
-            weight.new_empty(weight.shape if need_weight else (0, 0)),
-            weight.new_empty(weight.shape[0] if need_bias else 0, dtype=torch.float32),
-        )
+    def _(grad, row, kept, extra, usable, hidden, weight, target, bias, softcap, logit_scale, need_bias):  # type: ignore[no-untyped-def]
+        return weight.new_empty(weight.shape[0] if need_bias else 0, dtype=torch.float32)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, weight, target, bias, ctx.softcap, ctx.logit_scale, ctx.has_d_hidden, _ = inputs
-        _, row, d_hidden, kept = output
-        ctx.mark_non_differentiable(row, d_hidden, kept)
+        hidden, weight, target, bias, ctx.softcap, ctx.logit_scale, *_ = inputs
+        _, row, d_hidden, kept, extra = output
+        ctx.mark_non_differentiable(row, d_hidden, kept, extra)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, target, bias, row, d_hidden, kept)
+        ctx.save_for_backward(hidden, weight, target, bias, row, d_hidden, extra)
+        ctx.kept = kept  # not saved: the first backward turns it into dW
 
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        hidden, weight, target, bias, row, d_hidden, kept = ctx.saved_tensors
+        hidden, weight, target, bias, row, d_hidden, extra = ctx.saved_tensors
         need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
         if grad is None:
-            return (None,) * 8
-        dx = dw = db = None
-        if need_hidden:
-            dx = (grad[:, None] * d_hidden).to(hidden.dtype)
+            return (None,) * 9
+        dx = (grad[:, None] * d_hidden).to(hidden.dtype) if need_hidden else None
+        dw = db = None
         if need_weight or need_bias:
-            dw, db = ops.linear_logprob_backward(
-                grad, row, kept, hidden, weight, target, bias, ctx.softcap, ctx.logit_scale, need_weight, need_bias
+            kept, ctx.kept = ctx.kept, None
+            usable = kept is not None
+            if not usable:  # a second backward through a retained graph
+                kept = torch.empty(weight.shape if need_weight else (0, weight.shape[1]), dtype=weight.dtype)
+            db = ops.linear_logprob_backward(
+                grad, row, kept, extra, usable, hidden, weight, target, bias, ctx.softcap, ctx.logit_scale, need_bias
             )
-        return dx, dw if need_weight else None, None, db.to(bias.dtype) if need_bias else None, None, None, None, None
+            dw = kept if need_weight else None
+            db = db.to(bias.dtype) if need_bias else None
+        return dx, dw, None, db, None, None, None, None, None
 
     torch.library.register_autograd("stepdpo_kernels::linear_logprob_forward", backward, setup_context=setup_context)
 
@@ -128,13 +131,13 @@ def linear_logprob(
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,
     logit_scale: float | None = None,
-    keep_bytes: int | None = None,
+    extra_bytes: int | None = None,
 ) -> Tensor:  # (R,)
-    """As `api.linear_logprob`; keep_bytes lowers what forward may keep for backward, 0 for the least memory."""
+    """As `api.linear_logprob`; extra_bytes lowers what forward keeps beside dW for backward, 0 for the least memory."""
     grads = torch.is_grad_enabled()
-    need_weight = grads and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    tiles = kept_tiles(*hidden.shape, weight.shape[0], hidden.element_size(), keep_bytes) if need_weight else 0
+    need_weight = grads and weight.requires_grad
+    extra = extra_rows(*hidden.shape, weight.shape[0], hidden.element_size(), extra_bytes) if need_weight else 0
     logp, *_ = torch.ops.stepdpo_kernels.linear_logprob_forward(
-        hidden, weight, target, bias, softcap, logit_scale, grads and hidden.requires_grad, tiles
+        hidden, weight, target, bias, softcap, logit_scale, grads and hidden.requires_grad, need_weight, extra
     )
     return logp
