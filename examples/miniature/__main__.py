@@ -1,7 +1,7 @@
-"""`python -m examples.miniature`: every stage in order, about five minutes on two cores, offline.
+"""`python -m examples.miniature`: every stage in order, a few minutes on two cores, offline.
 
-Writes to runs/demo, or where --output says: report.md, curves.png, results.json, the pairs and the models. The
-fine-tuned model is kept for the next time; --fresh trains it again.
+Writes to runs/demo, or where --output says: report.md, curves.png, the pairs and the models. The fine-tuned model is
+kept for the next time; --fresh trains it again.
 """
 
 from __future__ import annotations
@@ -35,13 +35,20 @@ def main() -> None:
 
     from examples.miniature.run import run
     from examples.miniature.settings import QUICK, Settings
+    from stepdpo_kernels import StepDPOError
 
     torch.set_num_threads(THREADS)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("stepdpo_kernels").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="transformers|torch")
-    run(options.output, replace(QUICK if options.quick else Settings(), seed=options.seed), fresh=options.fresh)
+    settings = replace(QUICK if options.quick else Settings(), seed=options.seed)
+    try:
+        run(options.output, settings, fresh=options.fresh)
+    except StepDPOError as error:
+        parser.exit(1, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; a fine-tuned model that was finished is kept for the next time\n")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def draw(path: Path, own: Mapping[str, Curve], foreign: Mapping[str, Curve], cur
             axes.margins(x=0.02)
             axes.set_xlim(right=axes.get_xlim()[1] * 1.45)  # room for the labels
             axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= own["accuracy"][-1][0]])
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=120)
         plt.close(figure)
 
 

@@ -17,11 +17,12 @@ from examples.miniature.settings import Settings
 from examples.miniature.sharing import Packing
 from examples.miniature.task import HABIT_PROBABILITY
 
+HEADER = ("model", "solved", "change, points", "drop a carry")
 CAVEAT = (
-    "Not a claim about Step-DPO against other methods: in a pilot of this setting, DPO on whole solutions and "
+    "No claim about Step-DPO against other methods: in a pilot of this setting, DPO on whole solutions and "
     "fine-tuning on the model's own right solutions did as well as Step-DPO, within one point at every learning rate. "
-    "Chains of five steps leave little for a step-level loss to gain. What the setting does show is that the "
-    "rejected steps must be the model's own."
+    "Chains of five steps leave little for a step-level loss to gain. What the setting can show is the difference "
+    "between rejected steps of the model's own and ones that it would not have written."
 )
 
 
@@ -38,12 +39,14 @@ class Stage:
 class Results:
     """Everything that a run of the demonstration measured.
 
+    cached: the fine-tuned model was there from an earlier run;
     wrong, located: wrong solutions, and those cut at a first wrong step; pairs, held_out: records for training and
     held out; logps: mean log-prob under the SFT model of the chosen, the own rejected and the random rejected steps;
     shared_problems: prompts in common of each two sets of problems
     """
 
     settings: Settings
+    cached: bool
     wrong: int
     located: int
     pairs: int
@@ -70,24 +73,24 @@ class Results:
 
 def _compare(one: str, other: str, a: Accuracy, b: Accuracy) -> str:
     difference, error = a.minus(b)
+    points = f"{100 * abs(difference):.1f} ± {100 * error:.1f} points"
     if abs(difference) <= 2 * error:
-        return f"{one} and {other} differ by {100 * difference:+.1f} points, which {100 * error:.1f} points of standard error do not tell apart."  # noqa: E501
-    word = "more" if difference > 0 else "fewer"
-    return f"{one} solved {100 * abs(difference):.1f} ± {100 * error:.1f} points {word} of the problems than {other}."
+        return f"{one} and {other} cannot be told apart by {len(a.right):,} problems: {points} apart."
+    return f"{one} solved {points} {'more' if difference > 0 else 'fewer'} of the problems than {other}."
 
 
 def accuracy_rows(results: Results) -> list[tuple[str, str, str, str]]:
     """(model, solved, change, wrong answers that drop a carry): the table of the terminal and of the report."""
     rows = []
     for name, accuracy in (
-        ("before: fine-tuned on a corpus with a bad habit", results.before),
-        ("after Step-DPO on its own mistakes", results.own),
-        ("after the same on random wrong numbers", results.foreign),
+        ("before, with its bad habit", results.before),
+        ("after, on its own mistakes", results.own),
+        ("after, on random wrong numbers", results.foreign),
     ):
         solved = f"{100 * accuracy.mean:.1f}% ± {100 * accuracy.standard_error:.1f}"
         difference, error = accuracy.minus(results.before)
         change = "" if accuracy is results.before else f"{100 * difference:+.1f} ± {100 * error:.1f}"
-        rows.append((name, solved, change, f"{accuracy.by_habit} of {accuracy.wrong}"))
+        rows.append((name, solved, change, f"{accuracy.by_habit} of {accuracy.wrong} wrong"))
     return rows
 
 
@@ -102,10 +105,10 @@ def sharing_rows(results: Results) -> list[tuple[str, str, str]]:
 
 def sharing_sentence(results: Results) -> str:
     none, tree = results.packing["none"], results.packing["tree"]
-    tokens, speed = none.tokens / tree.tokens, none.median_seconds / tree.median_seconds
     return (
-        f"Sharing encoded {tokens:.2f} times fewer tokens and made an optimiser step {speed:.2f} times as fast. "
-        "With a model this small, the fixed cost of each operation weighs more than it would in a real one."
+        f"With shared prefixes encoded once, an optimiser step took {tree.tokens / none.tokens:.0%} of the tokens and "
+        f"{tree.median_seconds / none.median_seconds:.0%} of the time. In a model this small, the fixed cost of each "
+        "operation weighs more than it would in a real one."
     )
 
 
@@ -121,7 +124,7 @@ def _text(r: Results) -> str:
     parts = [
         "# Step-DPO in miniature: what came out",
         r.verdict,
-        _table(("model", "solved, greedy", "change, points", "wrong answers that drop a carry"), accuracy_rows(r)),
+        _table(HEADER, accuracy_rows(r)),
         f"{len(r.before.right):,} fresh problems, the same for every model. ± is one standard error; that of a change "
         "is taken over the differences problem by problem. One seed.",
         CAVEAT,
@@ -149,7 +152,8 @@ def _text(r: Results) -> str:
             ("stage", "seconds", "processor seconds"),
             [(s.name, f"{s.seconds:.1f}", f"{s.cpu_seconds:.1f}") for s in r.stages],
         ),
-        f"Of these, Step-DPO itself took {r.training_seconds[0]:.1f} s on own mistakes and "
+        ("The fine-tuned model was kept from an earlier run. " if r.cached else "")
+        + f"Step-DPO itself took {r.training_seconds[0]:.1f} s on own mistakes and "
         f"{r.training_seconds[1]:.1f} s on random wrong numbers; the rest of these stages measured accuracy.",
         "## Settings",
         f"The bad habit has probability {HABIT_PROBABILITY}. "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from stepdpo_kernels import StepDPOError, load_step_pairs
 
 OWN, HELD_OUT, FOREIGN = "pairs.jsonl", "pairs-held-out.jsonl", "pairs-random-numbers.jsonl"
 SFT_MODEL, OWN_MODEL, FOREIGN_MODEL = "model-sft", "model-step-dpo", "model-random-numbers"
-REPORT, CURVES = "report.md", "curves.png"
+REPORT, CURVES, SETTINGS, REFERENCE = "report.md", "curves.png", "settings.json", "reference"
 
 
 class Stages:
@@ -40,7 +42,7 @@ class Stages:
             TimeElapsedColumn(),
         )
         start, cpu = time.perf_counter(), time.process_time()
-        with Progress(*columns, console=self.console, transient=True) as bars:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
             task = bars.add_task(name, total=None, words="")
 
             def show(done: int, total: int, words: str) -> None:
@@ -55,12 +57,15 @@ class Stages:
 def run(output: Path, settings: Settings, *, fresh: bool = False, console: Console | None = None) -> report.Results:
     """Runs the demonstration and writes its files into `output`; what an earlier run left there is replaced.
 
-    Raises StepDPOError when the model's samples gave too few pairs to train on.
+    Raises StepDPOError when `output` holds anything else, and when the samples gave too few pairs to train on.
     """
     console = console or Console()
     stage = Stages(console)
+    if output.exists() and any(output.iterdir()) and not (output / SETTINGS).is_file():
+        raise StepDPOError(f"output {str(output)!r} holds something else than this demonstration: name another folder")
     output.mkdir(parents=True, exist_ok=True)
-    for name in (OWN_MODEL, FOREIGN_MODEL):
+    (output / SETTINGS).write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    for name in (OWN_MODEL, FOREIGN_MODEL, REFERENCE):
         shutil.rmtree(output / name, ignore_errors=True)
     for name in (OWN, HELD_OUT, FOREIGN, REPORT, CURVES):
         (output / name).unlink(missing_ok=True)
@@ -80,10 +85,10 @@ def run(output: Path, settings: Settings, *, fresh: bool = False, console: Conso
         mistakes, wrong = pairs.collect(model, tokenizer, settings, show)
     with stage("rectify them") as show:
         records = pairs.rectify(model, tokenizer, mistakes, settings, show)
-    _write_pairs(output, records, wrong, settings)
+    prompts = _write_pairs(output, records, wrong, settings)
     sets = {
         "fine-tuning": {problem.prompt for problem in sft.sft_problems(settings)},
-        "pairs": {record["prompt"] for record in records},
+        "pairs": prompts,
         "curves": {problem.prompt for problem in among},
         "evaluation": {problem.prompt for problem in test},
     }
@@ -96,7 +101,14 @@ def run(output: Path, settings: Settings, *, fresh: bool = False, console: Conso
     for words, name, folder in (("own mistakes", OWN, OWN_MODEL), ("random numbers", FOREIGN, FOREIGN_MODEL)):
         with stage(f"Step-DPO on {words}") as show:
             training = train(
-                output / SFT_MODEL, output / folder, datasets[name], datasets[HELD_OUT], among, settings, show
+                output / SFT_MODEL,
+                output / folder,
+                output / REFERENCE,
+                datasets[name],
+                datasets[HELD_OUT],
+                among,
+                settings,
+                show,
             )
         with stage(f"accuracy after, {words}") as show:
             after.append(evaluate.measure(training.model, tokenizer, test, settings, show))
@@ -107,6 +119,7 @@ def run(output: Path, settings: Settings, *, fresh: bool = False, console: Conso
 
     results = report.Results(
         settings=settings,
+        cached=cached,
         wrong=wrong,
         located=len(mistakes),
         pairs=len(datasets[OWN]),
@@ -127,26 +140,25 @@ def run(output: Path, settings: Settings, *, fresh: bool = False, console: Conso
     return results
 
 
-def _write_pairs(output: Path, records: list[pairs.Record], wrong: int, settings: Settings) -> None:
-    """Writes the three files of pairs and has the checker confirm each from what was written."""
+def _write_pairs(output: Path, records: list[pairs.Record], wrong: int, settings: Settings) -> set[str]:
+    """Writes the three files of pairs, has the checker confirm each from what was written, and returns the prompts."""
     if len({record["prompt"] for record in records}) < 2:
         raise StepDPOError(
             f"{wrong} wrong solutions gave {len(records)} pairs: too few to train on and hold out; "
             "raise collect_problems, continuations or sft_steps in settings.py"
         )
     own, held_out = pairs.hold_out(records)
-    for name, some in (
-        (OWN, own),
-        (HELD_OUT, held_out),
-        (FOREIGN, pairs.out_of_distribution(own, settings.seed)),
-    ):
+    foreign = pairs.out_of_distribution(own, settings.seed)
+    prompts: set[str] = set()
+    for name, some in ((OWN, own), (HELD_OUT, held_out), (FOREIGN, foreign)):
         pairs.write(output / name, some)
-        pairs.read_verified(output / name, settings.chain)
+        prompts |= {record["prompt"] for record in pairs.read_verified(output / name, settings.chain)}
+    return prompts
 
 
 def _summarise(console: Console, results: report.Results, output: Path) -> None:
-    table = Table(title=f"{len(results.before.right):,} fresh problems, solved greedily")
-    for column in ("model", "solved", "change, points", "wrong by a dropped carry"):
+    table = Table(title=f"{len(results.before.right):,} fresh problems, greedy")
+    for column in report.HEADER:
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in report.accuracy_rows(results):
         table.add_row(*row)

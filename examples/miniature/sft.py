@@ -36,16 +36,16 @@ def sft_model(
 
     Third comes whether the folder had it. `fresh` trains it anyway.
     """
-    made_by = _made_by(settings)
+    wanted = made_by(settings)
     record = folder / MADE_BY
-    cached = not fresh and record.is_file() and record.read_text() == made_by
+    cached = not fresh and record.is_file() and record.read_text() == wanted
     if not cached:
         tokenizer = make_tokenizer()
         model = _train(settings, tokenizer, progress)
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        record.write_text(made_by)  # last: a folder without it is not taken for whole
+        record.write_text(wanted)  # last, so that what was not saved whole is trained again
     model, tokenizer = load(folder)
     return model, tokenizer, cached
 
@@ -62,7 +62,7 @@ def sft_problems(settings: Settings) -> Iterator[Problem]:
     return islice(problems("sft", settings.chain, settings.seed), settings.sft_steps * settings.sft_batch)
 
 
-def _made_by(settings: Settings) -> str:
+def made_by(settings: Settings) -> str:
     """All that the model depends on: its settings, the code that made it, the version of torch."""
     digest = hashlib.sha256()
     for name in _SOURCES:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Any
 
@@ -37,8 +38,10 @@ def compare(
 ) -> dict[str, Packing]:
     """Takes each optimiser step once in either way, in turns, from the same weights on; one untimed step first.
 
-    A step is packing, forward, backward and the optimiser, written out as in somebody's own training loop.
+    The pairs come in random order, as in training. A step is packing, forward, backward and the optimiser, written
+    out as in somebody's own training loop.
     """
+    order = Random(settings.seed).sample(range(len(pairs)), len(pairs))
     loss_fn = StepDPOLoss(beta=settings.beta)
     models = {mode: load(sft_folder)[0].train() for mode in MODES}
     optimizers = {
@@ -49,7 +52,8 @@ def compare(
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     losses: dict[str, list[float]] = {mode: [] for mode in MODES}
     for step in range(settings.timing_steps + 1):
-        chosen = [pairs[(step * settings.pairs_per_step + i) % len(pairs)] for i in range(settings.pairs_per_step)]
+        first = step * settings.pairs_per_step
+        chosen = [pairs[order[(first + i) % len(pairs)]] for i in range(settings.pairs_per_step)]
         for mode in MODES if step % 2 else MODES[::-1]:
             ref_logps = _reference(reference, chosen, mode, loss_fn, settings)
             start = time.perf_counter()

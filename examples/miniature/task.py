@@ -135,4 +135,4 @@ def first_step(text: str) -> str:
 
 def is_right(problem: Problem, solution: str) -> bool:
     """Whether the final answer is right, which is what accuracy counts."""
-    return solution.rpartition("Answer: ")[2] == problem.answer
+    return solution.endswith(f"Answer: {problem.answer}")

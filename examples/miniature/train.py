@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from examples.miniature.evaluate import measure
 from examples.miniature.progress import Progress, silent
@@ -64,6 +64,7 @@ class _Watch(TrainerCallback):
 def train(
     sft_folder: Path,
     output: Path,
+    reference_cache: Path,
     pairs: Sequence[StepPair],
     held_out: Sequence[StepPair],
     among: Sequence[Problem],
@@ -75,7 +76,7 @@ def train(
     watch = _Watch(tokenizer, among, settings, progress)
     config = StepDPOConfig(
         output_dir=str(output),
-        reference_cache_dir=str(output / "reference"),
+        reference_cache_dir=str(reference_cache),
         learning_rate=settings.learning_rate,
         num_train_epochs=settings.epochs,
         pairs_per_step=settings.pairs_per_step,
