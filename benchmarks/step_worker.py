@@ -51,7 +51,7 @@ def ours(settings: dict[str, Any], folder: str, common: dict[str, Any]) -> tuple
         callbacks=[timer],
     )
     began = time.perf_counter()
-    trainer._prepare_references()
+    trainer.prepare_references()
     return trainer, timer, time.perf_counter() - began
 
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 logger = logging.getLogger("stepdpo_kernels")
@@ -36,6 +37,11 @@ class Implementation:
     why_not: Callable[[dict[str, Any]], list[str]]
 
 
+# Where each operation registers its implementations; imported when a name is looked up.
+_HOMES = {
+    "linear_logprob": "stepdpo_kernels.ops.linear_logprob.api",
+    "tree_attention": "stepdpo_kernels.ops.tree_attention.api",
+}
 _implementations: dict[str, dict[str, Implementation]] = {}
 _chosen_in_context: ContextVar[dict[str, str]] = ContextVar("stepdpo_impl", default={})  # noqa: B039 (never mutated)
 
@@ -76,6 +82,8 @@ def use_impl(everywhere: str | None = None, /, **by_op: str) -> Iterator[None]:
 
 
 def _check_known(op: str, name: str) -> None:
+    for home in _HOMES.values():
+        import_module(home)
     if op != "*" and op not in _implementations:
         raise ValueError(f"no operation {op!r}; there are: {', '.join(sorted(_implementations))}")
     known = (
@@ -105,7 +113,7 @@ def _requested(op: str) -> str:
         if op in wanted:
             return wanted[op]
         # "everywhere" means every operation that has it
-        if "*" in wanted and wanted["*"] in _implementations[op]:
+        if wanted.get("*") in ("auto", *_implementations[op]):
             return wanted["*"]
     return "auto"
 
@@ -136,4 +144,6 @@ def choose(op: str, impl: str, inputs: dict[str, Any]) -> Implementation:
 
 @lru_cache(maxsize=256)
 def _log_choice(op: str, name: str, refusals: str) -> None:
-    logger.info("%s: using %s%s", op, name, f" ({refusals})" if refusals else "")
+    # The definition is for checking: slow, and for attention quadratic in memory.
+    level = logging.WARNING if name == "reference" else logging.INFO
+    logger.log(level, "%s: using %s%s", op, name, f" ({refusals})" if refusals else "")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,7 +33,10 @@ class StepDPOError(ValueError):
 
 
 def _token_ids(value: ArrayLike, name: str, pair_id: str) -> TokenIds:
-    ids = np.asarray(value)
+    try:
+        ids = np.asarray(value)
+    except ValueError:  # ragged
+        ids = np.empty((0, 0))
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise StepDPOError(f"pair {pair_id!r}: {name} must be a flat sequence of integers, got {value!r}")
     if ids.size and (ids.min() < 0 or ids.max() > np.iinfo(np.int32).max):
@@ -72,7 +76,7 @@ class StepPair:
                 f"pair {self.id!r}: prefix_ids is empty, so nothing predicts the first token of a step; "
                 "begin the prefix with the prompt or a BOS token"
             )
-        if not (np.isfinite(self.weight) and self.weight >= 0):
+        if not isinstance(self.weight, Real) or not 0 <= self.weight < np.inf:
             raise StepDPOError(f"pair {self.id!r}: weight must be finite and >= 0, got {self.weight!r}")
 
     def __eq__(self, other: object) -> bool:
@@ -88,12 +92,12 @@ class StepPair:
         return (*ids, self.id, self.group, self.weight)
 
 
-def _to(value: _T, *args: Any, **kwargs: Any) -> _T:
-    """`value` with every tensor in it, one dataclass level at a time, moved as `Tensor.to` would."""
+def _to(value: _T, device: torch.device | str | int, non_blocking: bool) -> _T:
+    """`value` with every tensor in it, one dataclass level at a time, on a device."""
     if isinstance(value, Tensor):
-        return value.to(*args, **kwargs)  # type: ignore[return-value]
+        return value.to(device=device, non_blocking=non_blocking)  # type: ignore[return-value]
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(**{f.name: _to(getattr(value, f.name), *args, **kwargs) for f in fields(value)})
+        return type(value)(**{f.name: _to(getattr(value, f.name), device, non_blocking) for f in fields(value)})
     return value
 
 
@@ -124,8 +128,8 @@ class Ragged:
             t_lengths=torch.from_numpy(np.bincount(index, minlength=columns).astype(np.int64)),
         )
 
-    def to(self, *args: Any, **kwargs: Any) -> Ragged:
-        return _to(self, *args, **kwargs)
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Ragged:
+        return _to(self, device, non_blocking)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,8 +162,8 @@ class TreePlan:
         """L"""
         return self.cu_q.numel() - 1
 
-    def to(self, *args: Any, **kwargs: Any) -> TreePlan:
-        return _to(self, *args, **kwargs)
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TreePlan:
+        return _to(self, device, non_blocking)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +215,6 @@ class PackedBatch:
         """R"""
         return self.targets.numel()
 
-    def to(self, *args: Any, **kwargs: Any) -> PackedBatch:
-        """A copy on another device. Only devices are meant: the integer tensors keep their dtypes."""
-        return _to(self, *args, **kwargs)
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedBatch:
+        """A copy on another device; dtypes stay as they are."""
+        return _to(self, device, non_blocking)

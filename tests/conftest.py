@@ -26,6 +26,7 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_OFFLINE="1",
     MPLBACKEND="agg",
+    OMP_WAIT_POLICY="PASSIVE",  # threads that wait for one another leave the cores to other processes
     TOKENIZERS_PARALLELISM="false",
     TRANSFORMERS_OFFLINE="1",
     XDG_CACHE_HOME=str(_CACHES),

@@ -120,7 +120,6 @@ def test_the_argument_is_stronger_than_the_context_and_the_context_than_the_envi
         assert _name("head") == "cpu"
 
 
-@pytest.mark.xfail(reason='use_impl("auto") lets STEPDPO_IMPL through, use_impl(head="auto") does not')
 def test_auto_everywhere_is_stronger_than_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPDPO_IMPL", "chunked")
     with use_impl("auto"):
@@ -191,7 +190,6 @@ def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 _FIRST_USE = "import torch; h, w, t = torch.ones(2, 3), torch.ones(5, 3), torch.tensor([0, 4]); "
 
 
-@pytest.mark.xfail(reason="operations register when they are first used, so nothing is known before that")
 @pytest.mark.parametrize(
     ("variable", "code"),
     [

@@ -72,11 +72,7 @@ def test_a_pair_is_a_value() -> None:
         ("12", "flat sequence of integers"),
         (7, "flat sequence of integers"),
         (None, "flat sequence of integers"),
-        pytest.param(
-            [[1, 2], [3]],
-            "flat sequence of integers",
-            marks=pytest.mark.xfail(reason="numpy's own error for ragged lists names neither pair nor field"),
-        ),
+        ([[1, 2], [3]], "flat sequence of integers"),
     ],
     ids=["negative", "2^31", "2^70", "float", "bool", "nested", "text", "scalar", "none", "ragged"],
 )
@@ -97,8 +93,8 @@ def test_an_empty_prefix_is_refused() -> None:
         -0.1,
         float("nan"),
         float("inf"),
-        pytest.param(None, marks=pytest.mark.xfail(reason="TypeError of numpy, names nothing")),
-        pytest.param("1", marks=pytest.mark.xfail(reason="TypeError of numpy, names nothing")),
+        None,
+        "1",
     ],
 )
 def test_a_bad_weight_names_the_pair(weight: Any) -> None:
@@ -145,7 +141,8 @@ def test_every_tensor_of_a_batch_moves() -> None:
     assert {t.device.type for t in _tensors(batch.plan.to("meta"))} == {"meta"}
 
 
-@pytest.mark.xfail(reason="indices become bfloat16 although the docstring says that integer tensors keep their dtypes")
-def test_integer_tensors_keep_their_dtypes() -> None:
+def test_a_batch_is_moved_and_never_cast() -> None:
     batch = build_batch([make_pair([1], [2], [3])], [0], "tree")
-    assert [t.dtype for t in _tensors(batch.to(torch.bfloat16).plan)] == [t.dtype for t in _tensors(batch.plan)]
+    assert [t.dtype for t in _tensors(batch.to("meta").plan)] == [t.dtype for t in _tensors(batch.plan)]
+    with pytest.raises(TypeError):
+        batch.to(torch.bfloat16)

@@ -130,6 +130,7 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
             boundary=options.boundary,
             max_length=options.max_length,
             max_tokens=config.max_tokens_per_batch,
+            share=config.share,
             strict=options.strict,
             limit=options.limit,
         )

@@ -41,6 +41,7 @@ def load_step_pairs(
     boundary: str = "joint",
     max_length: int | None = 1024,
     max_tokens: int | None = None,
+    share: str = "tree",
     strict: bool = False,
     limit: int | None = None,
 ) -> StepPairDataset:
@@ -55,6 +56,7 @@ def load_step_pairs(
     boundary:    "joint" tokenises prompt, steps and step as one text and cuts at the step; "separate" each on its own
     max_length:  tokens of prefix and longer branch, None for no limit
     max_tokens:  tokens of prefix and both branches together, None for no limit
+    share:       as in pack_pairs: with "none" the prefix counts twice towards max_tokens
     strict:      raise at the first record that would be left out
     limit:       read only the first so many records
 
@@ -80,7 +82,7 @@ def load_step_pairs(
     for records in _batches(_unique(islice(source.records, limit))):
         total += len(records)
         for record, tokens in zip(records, tokenize(records), strict=True):
-            unfit = _why_unfit(record, tokens, max_length, max_tokens)
+            unfit = _why_unfit(record, tokens, max_length, max_tokens, prefixes=2 if share == "none" else 1)
             if unfit is None:
                 pairs.append(_pair(record, tokens))
                 continue
@@ -123,7 +125,7 @@ def _batches(records: Iterator[StepRecord]) -> Iterator[list[StepRecord]]:
 
 
 def _why_unfit(
-    record: StepRecord, tokens: TokenizedStep, max_length: int | None, max_tokens: int | None
+    record: StepRecord, tokens: TokenizedStep, max_length: int | None, max_tokens: int | None, *, prefixes: int
 ) -> _Unfit | None:
     prefix, chosen, rejected = map(len, tokens)
     for field, text, length in (("chosen", record.chosen, chosen), ("rejected", record.rejected, rejected)):
@@ -142,10 +144,10 @@ def _why_unfit(
             f"too long: {prefix} tokens before the step and {length - prefix} of {step} exceed max_length {max_length}"
         )
         return _Unfit("too_long", problem, f"raise max_length to {length} or remove the record")
-    length = prefix + chosen + rejected
+    length = prefixes * prefix + chosen + rejected
     if max_tokens is not None and length > max_tokens:
         problem = (
-            f"too long: {prefix} tokens before the step, {chosen} of 'chosen' and {rejected} of 'rejected' "
+            f"too long: {prefixes * prefix} tokens before the step, {chosen} of 'chosen' and {rejected} of 'rejected' "
             f"exceed max_tokens {max_tokens}, the longer step is {step}"
         )
         return _Unfit("too_long", problem, f"raise max_tokens to {length} or remove the record")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,6 +21,6 @@ def step_dpo_loss(
     token_logps = torch.log_softmax(logits, dim=-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
     logps = (token_logps * keep).sum(dim=1)
     chosen, rejected = (logps - ref_logps).chunk(2)
-    probability = torch.sigmoid(beta * (chosen - rejected))  # that the chosen step is preferred
-    losses = -(1 - label_smoothing) * torch.log(probability) - label_smoothing * torch.log(1 - probability)
+    margins = beta * (chosen - rejected)
+    losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
     return (losses if weights is None else weights * losses).mean()

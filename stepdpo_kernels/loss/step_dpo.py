@@ -169,7 +169,7 @@ class StepDPOLoss(nn.Module):
         elif ref_logps.shape != (2 * pairs,):
             raise ValueError(f"ref_logps must be ({2 * pairs},), chosen then rejected, got {tuple(ref_logps.shape)}")
         else:
-            ref_chosen, ref_rejected = ref_logps.to(chosen.dtype).chunk(2)
+            ref_chosen, ref_rejected = ref_logps.detach().to(chosen.dtype).chunk(2)
         chosen_rewards = self.beta * (chosen - ref_chosen)
         rejected_rewards = self.beta * (rejected - ref_rejected)
         margins = chosen_rewards - rejected_rewards

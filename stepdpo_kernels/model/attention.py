@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from stepdpo_kernels.ops.tree_attention import tree_attention
-from stepdpo_kernels.types import TreePlan
+from stepdpo_kernels.types import StepDPOError, TreePlan
 
 NAME = "stepdpo_tree"
 # Arguments that change the scores; a layer that passes one would get wrong probabilities without it.
@@ -47,10 +47,15 @@ def tree_attention_forward(
 ) -> tuple[Tensor, None]:  # (1, T, H, e)
     """The function registered with transformers' AttentionInterface.
 
-    Raises ValueError for what tree attention does not compute: dropout, a batch of more than one forest, scores that
-    are capped, biased or given sinks.
+    Raises StepDPOError where a packed forward lost its plan on the way, and ValueError for what tree attention does
+    not compute: dropout, a batch of more than one forest, scores that are capped, biased or given sinks.
     """
     if stepdpo_plan is None:
+        if attention_mask is not None and not attention_mask.numel():  # no_mask: a packed forward, and the plan is lost
+            raise StepDPOError(
+                f"{type(module).__name__} was not given the packing plan, so its attention would mix up branches; "
+                "this model cannot be packed"
+            )
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

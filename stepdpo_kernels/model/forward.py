@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from types import MethodType
 from typing import Any
 
@@ -50,24 +51,35 @@ def enable_packed_forward(model: Any) -> None:
     use_tree_attention(lm)
     if not hasattr(lm, "_forward_without_packing"):
         lm._forward_without_packing = lm.forward
-        lm.forward = MethodType(_forward, lm)
+        lm.forward = MethodType(_packed_or_plain(type(lm)), lm)
 
 
 def disable_packed_forward(model: Any) -> None:
     """Undoes `enable_packed_forward`."""
     lm = causal_lm(model)
     if hasattr(lm, "_forward_without_packing"):
+        before = lm._forward_without_packing
         del lm._forward_without_packing, lm.forward
+        if getattr(before, "__func__", None) is not type(lm).forward:  # somebody else's, on this instance
+            lm.forward = before
 
 
-def _forward(
-    self: PreTrainedModel, *args: Any, packed_batch: PackedBatch | None = None, head: Head | None = None, **kwargs: Any
-) -> Any:
-    if packed_batch is None:
-        return self._forward_without_packing(*args, **kwargs)
-    if head is None:
-        raise ValueError("packed_batch needs head=, a function of (hidden, output_embedding)")
-    return head(_backbone(self, packed_batch), self.get_output_embeddings())
+def _packed_or_plain(model_class: type[PreTrainedModel]) -> Callable[..., Any]:
+    @wraps(model_class.forward)  # generate() and Trainer look names up in its signature
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        packed_batch: PackedBatch | None = None,
+        head: Head | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if packed_batch is None:
+            return self._forward_without_packing(*args, **kwargs)
+        if head is None:
+            raise ValueError("packed_batch needs head=, a function of (hidden, output_embedding)")
+        return head(_backbone(self, packed_batch), self.get_output_embeddings())
+
+    return forward
 
 
 def _backbone(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from stepdpo_kernels.types import StepDPOError
@@ -36,10 +37,21 @@ def why_not(model: Any) -> list[str]:
             f"its model_type {config.model_type!r} is not one whose packed gradients are tested "
             f"({', '.join(SUPPORTED_MODEL_TYPES)})"
         )
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        reasons.append(
+            f"{model.active_peft_config.peft_type.value} puts virtual tokens before every text, which packing would "
+            "leave out: use an adapter of the weights, such as LoRA"
+        )
     if getattr(config, "is_encoder_decoder", False):
         reasons.append("it is an encoder-decoder")
-    if lm.get_output_embeddings() is None:
+    head = lm.get_output_embeddings()
+    if head is None:
         reasons.append(f"{type(lm).__name__} has no language-model head")
+    elif not isinstance(head, nn.Linear):
+        reasons.append(
+            f"its language-model head is a {type(head).__name__}, of which the loss would use the weight alone: take "
+            "lm_head out of the adapter's target_modules and modules_to_save"
+        )
     foreign = sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYER_TYPES))
     if foreign:
         reasons.append(f"it has layers of type {', '.join(foreign)}; only {', '.join(_LAYER_TYPES)} follow the paths")

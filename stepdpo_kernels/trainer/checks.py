@@ -32,6 +32,26 @@ def check_distribution(args: StepDPOConfig) -> None:
             refuse_mode(mode)
 
 
+# Options of Trainer that this trainer would ignore, or that replace the forward it has put on the model.
+_REFUSED_SETTINGS = (
+    "use_liger_kernel",
+    "torch_compile",
+    "neftune_noise_alpha",
+    "auto_find_batch_size",
+    "bf16_full_eval",
+    "fp16_full_eval",
+)
+_REFUSED_ARGUMENTS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "data_collator")
+
+
+def check_options(args: StepDPOConfig, trainer_options: dict[str, Any]) -> None:
+    """Raises StepDPOError for options of transformers' Trainer that do not work here, by name."""
+    refused = [name for name in _REFUSED_SETTINGS if getattr(args, name, None)]
+    refused += [name for name in _REFUSED_ARGUMENTS if trainer_options.get(name) is not None]
+    if refused:
+        raise StepDPOError(f"{', '.join(refused)}: not supported by StepDPOTrainer; leave it out")
+
+
 def refuse_mode(mode: str) -> None:
     raise StepDPOError(f"training under {mode} is not supported: use DistributedDataParallel (torchrun)")
 
@@ -70,24 +90,12 @@ def check_pairs(pairs: Sequence[StepPair], name: str, model: nn.Module, args: St
 
 
 def check_adapter(model: nn.Module) -> None:
-    """Raises StepDPOError for an adapter whose part the packed forward would leave out."""
-    adapter: Any = getattr(model, "active_peft_config", None)
-    if getattr(adapter, "is_prompt_learning", False):
-        raise StepDPOError(
-            f"peft_config: {adapter.peft_type.value} puts virtual tokens before every text, which packing would leave "
-            "out: use an adapter of the weights, such as LoRA"
-        )
+    """Raises StepDPOError for an adapter that would not be saved; what cannot be packed `check_supported` refuses."""
     lm = causal_lm(model)
     if lm is model and getattr(lm, "_hf_peft_config_loaded", False):
         raise StepDPOError(
             "model: an adapter was loaded into the model itself, and saving it would lose what is trained beside the "
             "adapter: load it with peft.PeftModel.from_pretrained(..., is_trainable=True), or merge it first"
-        )
-    head = lm.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise StepDPOError(
-            f"the language-model head is a {type(head).__name__}, whose adapter the loss would leave out: "
-            "take lm_head out of the peft configuration's target_modules and modules_to_save"
         )
 
 

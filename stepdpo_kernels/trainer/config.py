@@ -15,6 +15,9 @@ REFERENCES = ("precomputed", "none")
 ORDERS = ("random", "sequential")
 
 
+PAIRS_PER_STEP = 128  # of the released scripts, over all processes
+
+
 @dataclass
 class StepDPOConfig(TrainingArguments):
     """Arguments of StepDPOTrainer: every field of `transformers.TrainingArguments`, and the ones below.
@@ -24,7 +27,7 @@ class StepDPOConfig(TrainingArguments):
     most 1,024 tokens.
 
     An optimiser step takes `pairs_per_step` pairs over all processes, or the product of per_device_train_batch_size,
-    gradient_accumulation_steps and the number of processes where pairs_per_step is not given. How they are split
+    gradient_accumulation_steps and the number of processes where one of these is given instead. How they are split
     into forward passes is decided by `max_tokens_per_batch` and does not change the gradient; afterwards
     per_device_train_batch_size is the number of pairs a process takes for a step, and gradient_accumulation_steps is 1.
 
@@ -35,11 +38,16 @@ class StepDPOConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1 a share of all steps."})
     num_train_epochs: float = field(default=4.0, metadata={"help": "Passes over the pairs."})
-    per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "With gradient_accumulation_steps: pairs an optimiser step, see pairs_per_step."}
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "With gradient_accumulation_steps: pairs an optimiser step, see pairs_per_step."},
     )
-    gradient_accumulation_steps: int = field(
-        default=16, metadata={"help": "With per_device_train_batch_size: pairs an optimiser step, see pairs_per_step."}
+    gradient_accumulation_steps: int | None = field(
+        default=None,
+        metadata={"help": "With per_device_train_batch_size: pairs an optimiser step, see pairs_per_step."},
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Compute in bfloat16. Unless given: on CUDA devices that have it."}
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pairs packed together in evaluation."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many optimiser steps."})
@@ -95,11 +103,16 @@ class StepDPOConfig(TrainingArguments):
         # Trainer asks for use_cpu before it takes bf16 there; without an accelerator there is nothing else to mean.
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.bf16 is None:
+            self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        asked = (self.per_device_train_batch_size, self.gradient_accumulation_steps)
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = (1 if n is None else n for n in asked)
         super().__post_init__()
         if self.device.type != "cuda":
             self.dataloader_pin_memory = False
         if self.pairs_per_step is None:
-            self.pairs_per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+            product = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+            self.pairs_per_step = PAIRS_PER_STEP if asked == (None, None) else product
         if self.pairs_per_step < 1 or self.pairs_per_step % self.world_size:
             raise StepDPOError(
                 f"pairs_per_step must be a positive multiple of the {self.world_size} processes, "

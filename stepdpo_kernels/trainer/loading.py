@@ -37,7 +37,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     path = str(Path(path).expanduser()) if path.startswith("~") else path
     gguf = _gguf_of(path)
     if gguf is not None:
-        return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        return _load(AutoTokenizer.from_pretrained, str(gguf.parent), "tokenizer", gguf_file=gguf.name)
     return _load(AutoTokenizer.from_pretrained, path, "tokenizer")
 
 
@@ -55,8 +55,10 @@ def load_model(path: str, dtype: str = "float32") -> PreTrainedModel:
     if gguf is not None:
         from transformers.utils.quantization_config import GgufConfig
 
-        return AutoModelForCausalLM.from_pretrained(
+        return _load(
+            AutoModelForCausalLM.from_pretrained,
             str(gguf.parent),
+            "model",
             dtype=DTYPES[dtype],
             gguf_file=gguf.name,
             quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
@@ -82,6 +84,6 @@ def _load(from_pretrained: Callable[..., Any], path: str, what: str, **options: 
         raise StepDPOError(f"{what} {path!r}: the folder holds no transformers {what} and no GGUF file")
     try:
         return from_pretrained(path, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         where = "cannot be read" if place.exists() else "no such folder, and not to be had from the hub"
         raise StepDPOError(f"{what} {path!r}: {where}: {type(error).__name__}: {error}") from error

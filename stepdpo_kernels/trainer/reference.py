@@ -14,6 +14,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import stepdpo_kernels
+from stepdpo_kernels.model import causal_lm
 from stepdpo_kernels.types import PackedBatch, StepPair
 
 logger = logging.getLogger("stepdpo_kernels")
+
+# Fields of a model's configuration that change nothing in its forward pass.
+_NOT_THE_FUNCTION = (
+    "_name_or_path",
+    "transformers_version",
+    "use_cache",
+    "dtype",
+    "architectures",
+    "quantization_config",
+)
 
 
 def default_cache_dir() -> Path:
@@ -38,16 +50,21 @@ def default_cache_dir() -> Path:
 
 
 def weights_fingerprint(model: nn.Module, *, with_adapter: bool = True) -> str:
-    """sha256 over names, shapes, dtypes and bytes of a model's parameters and buffers.
+    """sha256 over a model's configuration and the names, shapes, dtypes and bytes of its parameters and buffers.
 
     with_adapter: False leaves out the active adapter of a PEFT model
     """
     adapter: set[int] = set()
+    # Rotary frequencies, windows and epsilons are in no weight.
+    config = {k: v for k, v in causal_lm(model).config.to_dict().items() if k not in _NOT_THE_FUNCTION}
+    if with_adapter and hasattr(model, "peft_config"):
+        adapters: Any = model.peft_config
+        config["adapters"] = {name: adapter.to_dict() for name, adapter in adapters.items()}
     if not with_adapter and hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
         adapter = {t.data_ptr() for t in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.data_ptr() not in adapter:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -75,12 +92,26 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
+def _kernels() -> str:
+    """What decides the order of sums beside shapes: the implementations in use, threads, and the device's own."""
+    found = {
+        "impl": os.environ.get("STEPDPO_IMPL", ""),
+        "extension": find_spec("stepdpo_kernels._C") is not None,
+        "threads": torch.get_num_threads(),
+        "matmul": torch.get_float32_matmul_precision(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return json.dumps(found, sort_keys=True)
+
+
 def cache_key(model_fingerprint: str, pairs: Sequence[StepPair], **settings: Any) -> dict[str, str]:
     """What reference log-probs depend on, as the metadata of their cache file."""
     return {
         "model": model_fingerprint,
         "pairs": pairs_fingerprint(pairs),
         "settings": json.dumps(settings, sort_keys=True, default=str),
+        "kernels": _kernels(),
         "stepdpo_kernels": stepdpo_kernels.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

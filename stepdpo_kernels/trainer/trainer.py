@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -21,6 +21,7 @@ from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forw
 from stepdpo_kernels.trainer.checks import (
     check_adapter,
     check_distribution,
+    check_options,
     check_pairs,
     check_tokenizer,
     refuse_mode,
@@ -74,7 +75,8 @@ class StepDPOTrainer(Trainer):
     would take), tokens/batch (encoded a forward pass), pairs_per_second, and Trainer's own.
 
     Raises StepDPOError, before anything is written, for a model that cannot be packed, a pair over the token budget or
-    with tokens that the model lacks, an empty dataset, and an unsupported way of distributing.
+    with tokens that the model lacks, an empty dataset, an option of Trainer that would have no effect here or has not
+    been shown to compose, and an unsupported way of distributing.
     """
 
     args: StepDPOConfig
@@ -95,6 +97,7 @@ class StepDPOTrainer(Trainer):
         if not isinstance(args, StepDPOConfig):
             raise StepDPOError(f"args must be a StepDPOConfig, got {type(args).__name__}")
         check_distribution(args)
+        check_options(args, trainer_options)
         if isinstance(model, str):
             model = load_model(model)
         check_supported(model)
@@ -139,8 +142,11 @@ class StepDPOTrainer(Trainer):
 
     # ---- reference log-probs ------------------------------------------------------------------------------------
 
-    def _prepare_references(self) -> None:
-        """Fills in the reference log-probs of both datasets, once, while the policy is still the reference."""
+    def prepare_references(self) -> None:
+        """Fills in the reference log-probs of both datasets, once, while the policy is still the reference.
+
+        `train` and `evaluate` call it first; calling it earlier only moves the work.
+        """
         if self._references_ready:
             return
         if self.train_dataset is not None:
@@ -152,7 +158,7 @@ class StepDPOTrainer(Trainer):
     def _fill_ref_logps(self, name: str, dataset: IndexedPairs, dataloader: Callable[[], DataLoader[Any]]) -> None:
         """Reference log-probs of a dataset, in the forests in which its dataloader first gives its pairs."""
         args = self.args
-        model = self.model if self.ref_model is None else self.ref_model.to(args.device)
+        model = self.model if self.ref_model is None else self.ref_model
         # The policy of PEFT without its adapter is the reference; an adapter of ref_model is part of it.
         without_adapter = getattr(model, "disable_adapter", nullcontext) if self.ref_model is None else nullcontext
         key = cache_key(
@@ -186,7 +192,8 @@ class StepDPOTrainer(Trainer):
 
         def compute() -> Tensor:
             # The order of training must be the same whether this pass ran or a cache was read.
-            with without_adapter(), torch.random.fork_rng():
+            gpus = [args.device] if args.device.type == "cuda" else []
+            with without_adapter(), torch.random.fork_rng(devices=gpus), self._on_device(model):
                 table = table_of(dataloader())
                 left = table.isnan().any(dim=1)  # pairs that dataloader_drop_last keeps out of the first epoch
                 if left.any():
@@ -196,6 +203,19 @@ class StepDPOTrainer(Trainer):
 
         table = load_or_compute(args.reference_cache_dir, key, compute, self.accelerator)
         dataset.ref_logps = table.to(args.device)
+
+    @contextmanager
+    def _on_device(self, model: nn.Module) -> Iterator[None]:
+        """A separate reference is on the training device only while it is read."""
+        if model is self.model:
+            yield
+            return
+        home = next(model.parameters()).device
+        model.to(self.args.device)
+        try:
+            yield
+        finally:
+            model.to(home)
 
     # ---- optimiser steps ----------------------------------------------------------------------------------------
 
@@ -228,7 +248,7 @@ class StepDPOTrainer(Trainer):
         output_dir = self.args.output_dir
         checkpoint = check_output_dir(output_dir, resume_from_checkpoint)
         self.accelerator.wait_for_everyone()  # before the first of them writes there
-        self._prepare_references()
+        self.prepare_references()
         if resume_from_checkpoint:
             began_with = read_run_file(output_dir if checkpoint is None else checkpoint.parent).get("reference", {})
             changed = key_differences(began_with["train"], self._reference_keys["train"]) if began_with else []
@@ -335,7 +355,7 @@ class StepDPOTrainer(Trainer):
 
         Raises StepDPOError for another dataset once the policy has moved on, unless there is a ref_model.
         """
-        self._prepare_references()
+        self.prepare_references()
         if eval_dataset is not None and not isinstance(eval_dataset, IndexedPairs):
             check_pairs(eval_dataset, "eval_dataset", self.model, self.args)
             eval_dataset = IndexedPairs(eval_dataset)

@@ -137,7 +137,6 @@ def test_wrappers_are_looked_through(tiny_model: Make) -> None:
         causal_lm(Wrapper(nn.Linear(2, 2)))
 
 
-@pytest.mark.xfail(reason="virtual tokens live in PeftModel.forward, which is bypassed: they are silently ignored")
 def test_prompt_tuning_is_refused(tiny_model: Make) -> None:
     from peft import PromptTuningConfig, get_peft_model
 

@@ -63,7 +63,7 @@ def test_checkpointing_changes_no_gradient_of_an_adapter(tiny_model, pairs, conf
     ids=str,
 )
 def test_an_adapter_of_the_head_is_refused(tiny_model, pairs, config, tmp_path, options):
-    with pytest.raises(StepDPOError, match="take lm_head out of the peft configuration"):
+    with pytest.raises(StepDPOError, match="take lm_head out of the adapter's target_modules"):
         StepDPOTrainer(tiny_model(), config(), pairs, peft_config=lora(**options))
     assert entries(tmp_path) == ["pairs.jsonl"]
 

@@ -231,7 +231,7 @@ def test_a_damaged_file_is_computed_again_and_replaced(tiny_model, pairs, config
     tables, files = [], []
     for _ in range(3):
         trainer = StepDPOTrainer(tiny_model(), config(), pairs)
-        trainer._prepare_references()
+        trainer.prepare_references()
         tables.append(trainer.train_dataset.ref_logps)
         (file,) = (tmp_path / "cache").iterdir()
         with safe_open(file, framework="pt") as opened:

@@ -47,13 +47,13 @@ def linear_logprob(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one, or use torch.autocast")
+    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+    inputs = {"hidden": hidden, "weight": weight, "target": target, **options}
+    implementation = _dispatch.choose("linear_logprob", impl, inputs)
     if not hidden.shape[0]:
         # No rows: nothing to compute, but the (zero) gradient still flows.
         nothing = hidden.sum() + weight[:0].sum() + (0 if bias is None else bias[:0].sum())
         return nothing.to(torch.promote_types(hidden.dtype, torch.float32)).expand(0)
-    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
-    inputs = {"hidden": hidden, "weight": weight, "target": target, **options}
-    implementation = _dispatch.choose("linear_logprob", impl, inputs)
     with torch.autocast(hidden.device.type, enabled=False):
         return implementation.run(hidden, weight, target, **options)
 

@@ -83,6 +83,11 @@ class _ChunkedLogprob(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return _ChunkedLogprob._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, target, bias, lse = ctx.saved_tensors
         softcap, scale = ctx.softcap, ctx.logit_scale
         need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
