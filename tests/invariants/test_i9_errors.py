@@ -318,12 +318,33 @@ def test_i9_trainer_arguments(tiny_model, pairs, tmp_path):
     assert entries(tmp_path) == ["pairs.jsonl"]
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_i9_unsupported_ways_of_distributing(tiny_model, pairs, tmp_path, monkeypatch, variable):
+@pytest.mark.parametrize("mode", ["FSDP", "DEEPSPEED"])
+def test_i9_unsupported_ways_of_distributing(tiny_model, pairs, tmp_path, monkeypatch, mode):
     config = make_config(tmp_path)
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(StepDPOError, match=f"training under {variable.rpartition('_')[2]} is not supported"):
+    monkeypatch.setenv(f"ACCELERATE_USE_{mode}", "true")
+    with pytest.raises(StepDPOError, match=f"training under {mode} is not supported: use DistributedDataParallel"):
         StepDPOTrainer(tiny_model(), config, pairs)
+    monkeypatch.undo()
+    with pytest.raises(StepDPOError, match="training under FSDP is not supported"):
+        StepDPOTrainer(tiny_model(), make_config(tmp_path, fsdp=True), pairs)
+    assert entries(tmp_path) == ["pairs.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "option", ["use_liger_kernel", "torch_compile", "auto_find_batch_size", "bf16_full_eval", "fp16_full_eval"]
+)
+def test_i9_options_that_would_replace_or_skip_our_forward(tiny_model, pairs, tmp_path, option):
+    config = make_config(tmp_path)
+    setattr(config, option, True)
+    with pytest.raises(StepDPOError, match=f"{option}: not supported by StepDPOTrainer"):
+        StepDPOTrainer(tiny_model(), config, pairs)
+    assert entries(tmp_path) == ["pairs.jsonl"]
+
+
+@pytest.mark.parametrize("option", ["compute_metrics", "compute_loss_func", "data_collator"])
+def test_i9_arguments_that_would_have_no_effect(tiny_model, pairs, tmp_path, option):
+    with pytest.raises(StepDPOError, match=f"{option}: not supported by StepDPOTrainer"):
+        StepDPOTrainer(tiny_model(), make_config(tmp_path), pairs, **{option: print})
     assert entries(tmp_path) == ["pairs.jsonl"]
 
 

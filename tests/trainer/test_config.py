@@ -41,6 +41,8 @@ def test_pairs_a_step_from_batch_and_accumulation(make):
     assert config.pairs_per_step == 15
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (15, 1)
     assert config.train_batch_size == 15
+    assert make(per_device_train_batch_size=3).pairs_per_step == 3
+    assert make(gradient_accumulation_steps=5).pairs_per_step == 5
     config = make(pairs_per_step=6, per_device_train_batch_size=3, gradient_accumulation_steps=5)
     assert config.pairs_per_step == 6
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (6, 1)

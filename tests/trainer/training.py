@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +19,11 @@ from stepdpo_kernels.types import PackedBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Every training run collects garbage first, which takes longer than a small run when it looks at all of torch.
+gc.collect()
+gc.freeze()
+atexit.register(gc.unfreeze)
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
