@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from pathlib import Path
 
@@ -41,6 +42,26 @@ def test_i2_margins_are_zero_until_the_policy_moves(tiny_model, pairs, tmp_path,
     seen = watch(trainer)
     trainer.train()
     assert len(seen) > len(losses(trainer)) == 6  # several forward passes a step
+    check_start(seen, losses(trainer), len(pairs))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_i2_on_several_threads(tiny_model, pairs, tmp_path, bf16):
+    torch.set_num_threads(2)
+    config = make_config(tmp_path, learning_rate=0.0, bf16=bf16, max_tokens_per_batch=8192, pairs_per_step=12)
+    trainer = StepDPOTrainer(tiny_model(), config, pairs)
+    seen = watch(trainer)
+    trainer.train()
+    check_start(seen, losses(trainer), len(pairs))
+
+
+def test_i2_with_weights_in_bfloat16(tiny_model, pairs, tmp_path, caplog):
+    config = make_config(tmp_path, learning_rate=0.0)
+    with caplog.at_level(logging.WARNING, "stepdpo_kernels"):
+        trainer = StepDPOTrainer(tiny_model(dtype=torch.bfloat16), config, pairs)
+    assert "21 of the trained parameters are torch.bfloat16, where updates smaller than" in caplog.text
+    seen = watch(trainer)
+    trainer.train()
     check_start(seen, losses(trainer), len(pairs))
 
 
