@@ -80,7 +80,7 @@ def _load(from_pretrained: Callable[..., Any], path: str, what: str, **options: 
     looks_local = path.startswith((".", "/")) or path.count("/") > 1
     if looks_local and not place.exists():
         raise StepDPOError(f"{what} {path!r}: no such folder or file")
-    if place.is_dir() and not any(place.glob("*.json")):
+    if place.is_dir() and "gguf_file" not in options and not any(place.glob("*.json")):
         raise StepDPOError(f"{what} {path!r}: the folder holds no transformers {what} and no GGUF file")
     try:
         return from_pretrained(path, **options)
