@@ -152,9 +152,9 @@ struct Head {
   int64_t at_right(int64_t k, int64_t n, int64_t width) const { return (k / pair * width + n) * pair + k % pair; }
 
   // Where E of a tile is kept, (tokens, rows); null if it is not.
-  T* kept(T* dw, T* extra, int64_t extra_rows, int64_t tile, int64_t block) const {
+  T* kept(T* in_dw, T* extra, int64_t extra_rows, int64_t tile, int64_t block) const {
     const int64_t row = block * kRows, beyond = row - rows_in_dw;
-    if (beyond < 0) return dw ? dw + tile * kVocab * D + row * tokens_of(tile) : nullptr;
+    if (beyond < 0) return in_dw ? in_dw + tile * kVocab * D + row * tokens_of(tile) : nullptr;
     return beyond + rows_of(block) <= extra_rows ? extra + tile * kVocab * extra_rows + beyond * tokens_of(tile) : nullptr;
   }
 
@@ -317,9 +317,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Head<T> h, bool need_
   return {logp, row, d_hidden, kept, extra};
 }
 
-// dW (V, D) over what forward kept, unless dw is null; -> dbias (V,) or empty. usable: dw holds E.
+// dW (V, D), unless null, which may lie over `kept`, null too if nothing was; -> dbias (V,) or empty.
 template <typename T>
-Tensor backward(Head<T> h, const float* grad, const float* row, T* dw, bool usable, T* extra, int64_t extra_rows, bool need_bias) {
+Tensor backward(Head<T> h, const float* grad, const float* row, T* dw, T* kept, T* extra, int64_t extra_rows, bool need_bias) {
   const float *ref = row, *f = ref + h.R, *q = f + h.R;
   std::copy_n(ref, h.R, h.ref.begin());
   std::vector<float> factor(h.padded_rows, 0.f);  // of E
@@ -340,19 +340,21 @@ Tensor backward(Head<T> h, const float* grad, const float* row, T* dw, bool usab
     }
   });
   const Tensor d_bias = at::empty({need_bias ? h.V : 0}, h.hidden.options().dtype(at::kFloat));
-  const int64_t threads = at::get_num_threads(), per_thread = h.scratch + kVocab * (h.ld + 1) + 2 * kRows;
+  const int64_t threads = at::get_num_threads(), per_thread = h.scratch + kVocab * h.ld + 2 * kRows;
   const Tensor scratch = buffer<float>(threads * per_thread), e_scratch = buffer<T>(threads * kGroup * kVocab * kRows);
   at::parallel_for(0, h.tiles, 1, [&](int64_t begin, int64_t end) {
     float* z = scratch.data_ptr<float>() + at::get_thread_num() * per_thread;
-    float *acc = z + h.scratch, *db = acc + kVocab * h.ld, *ignored = db + kVocab;  // acc: dW of the tile, (kVocab, ld)
+    float *acc = z + h.scratch, *ignored = acc + kVocab * h.ld;  // acc: dW of the tile, (kVocab, ld)
+    std::vector<double> db(kVocab);
     T *e_own = e_scratch.data_ptr<T>() + at::get_thread_num() * kGroup * kVocab * kRows, *e[kGroup];
     for (int64_t tile = begin; tile < end; tile++) {
       const int64_t tokens = h.tokens_of(tile), first = tile * kVocab;
-      std::fill_n(db, tokens, 0.f);
+      std::fill(db.begin(), db.end(), 0.);
+      if (!h.R) std::fill_n(acc, kVocab * h.ld, 0.f);
       for (int64_t block = 0; block < h.row_blocks; block += kGroup) {
         const int64_t blocks = std::min(kGroup, h.row_blocks - block);
         for (int64_t i = 0; i < blocks; i++) {
-          e[i] = h.kept(usable ? dw : nullptr, extra, extra_rows, tile, block + i);
+          e[i] = h.kept(kept, extra, extra_rows, tile, block + i);
           if (!e[i]) h.tile(tile, block + i, z, ignored, ignored + kRows, e[i] = e_own + i * kVocab * kRows, nullptr);
         }
         for (int64_t b = 0; dw && b < h.column_blocks; b++)
@@ -364,7 +366,11 @@ Tensor backward(Head<T> h, const float* grad, const float* row, T* dw, bool usab
         for (int64_t i = 0; need_bias && i < blocks; i++)
           for (int64_t v = 0; v < tokens; v++) {
             const int64_t rows = h.rows_of(block + i);
-            for (int64_t r = 0; r < rows; r++) db[v] += factor[(block + i) * kRows + r] * static_cast<float>(e[i][v * rows + r]);
+            float sums[stepdpo::kLanes] = {};
+            for (int64_t r = 0; r < rows; r++) {
+              sums[r % stepdpo::kLanes] += factor[(block + i) * kRows + r] * static_cast<float>(e[i][v * rows + r]);
+            }
+            db[v] += std::accumulate(sums, sums + stepdpo::kLanes, 0.f);
           }
       }
       auto hit = std::lower_bound(by_target.begin(), by_target.end(), first, [&](int64_t r, int64_t v) { return h.target[r] < v; });
@@ -375,7 +381,7 @@ Tensor backward(Head<T> h, const float* grad, const float* row, T* dw, bool usab
         for (int64_t d = 0; dw && d < h.D; d++) acc[v * h.ld + d] += own * static_cast<float>(h.x[*hit * h.D + d]);
       }
       for (int64_t v = 0; dw && v < tokens; v++) std::copy_n(acc + v * h.ld, h.D, dw + (first + v) * h.D);
-      if (need_bias) std::copy_n(db, tokens, d_bias.data_ptr<float>() + first);
+      if (need_bias) std::copy_n(db.begin(), tokens, d_bias.data_ptr<float>() + first);
     }
     h.products_done();
   });
@@ -402,7 +408,7 @@ void check(const Tensor& hidden, const Tensor& weight, const Tensor& target, con
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_op(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias, std::optional<double> softcap,
-    std::optional<double> scale, bool need_hidden, bool need_weight, int64_t extra_rows) {
+    std::optional<double> scale, bool need_hidden, bool need_weight, int64_t extra_rows, bool /*overwrite: for backward*/) {
   check(hidden, weight, target, bias, extra_rows);
   if (hidden.scalar_type() == at::kFloat) {
     return forward(Head<float>(hidden, weight, target, bias, softcap, scale), need_hidden, need_weight, extra_rows);
@@ -410,37 +416,58 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_op(
   return forward(Head<BFloat16>(hidden, weight, target, bias, softcap, scale), need_hidden, need_weight, extra_rows);
 }
 
-Tensor backward_op(
-    const Tensor& grad, const Tensor& row, const Tensor& kept, const Tensor& extra, bool usable, const Tensor& hidden,
+Tensor backward_into(
+    const Tensor& dw, const Tensor& grad, const Tensor& row, const Tensor& kept, const Tensor& extra, const Tensor& hidden,
     const Tensor& weight, const Tensor& target, const OptionalTensor& bias, std::optional<double> softcap,
     std::optional<double> scale, bool need_bias) {
   const int64_t rows = hidden.size(0), extra_rows = weight.size(0) ? extra.numel() / weight.size(0) : 0;
   check(hidden, weight, target, bias, extra_rows);
   TORCH_CHECK(grad.dim() == 1 && grad.size(0) == rows && grad.scalar_type() == at::kFloat, "grad must be (", rows, ",) float32");
   TORCH_CHECK(row.numel() == 3 * rows && row.is_contiguous() && row.scalar_type() == at::kFloat, "row must be (3, ", rows, ") float32");
-  TORCH_CHECK(extra.scalar_type() == hidden.scalar_type() && kept.scalar_type() == hidden.scalar_type() && kept.is_contiguous() &&
-                  (kept.numel() == 0 || kept.sizes() == weight.sizes()),
-              "kept and extra must be what forward returned");
-  const auto run = [&]<typename T>(Head<T> head) {
-    return backward(std::move(head), grad.contiguous().const_data_ptr<float>(), row.const_data_ptr<float>(),
-                    kept.numel() ? kept.data_ptr<T>() : nullptr, usable, extra.data_ptr<T>(), extra_rows, need_bias);
+  for (const Tensor& t : {kept, extra, dw}) {
+    TORCH_CHECK(t.scalar_type() == hidden.scalar_type() && t.is_contiguous() && (t.dim() == 1 || !t.numel() || t.sizes() == weight.sizes()),
+                "kept and extra must be what forward returned");
+  }
+  const Tensor g = grad.contiguous();
+  const auto run = [&]<typename T>(const Head<T>& head) {
+    return backward(head, g.const_data_ptr<float>(), row.const_data_ptr<float>(), dw.numel() ? dw.data_ptr<T>() : nullptr,
+                    kept.numel() ? kept.data_ptr<T>() : nullptr, extra.data_ptr<T>(), extra_rows, need_bias);
   };
   if (hidden.scalar_type() == at::kFloat) return run(Head<float>(hidden, weight, target, bias, softcap, scale));
   return run(Head<BFloat16>(hidden, weight, target, bias, softcap, scale));
 }
 
+std::tuple<Tensor, Tensor> backward_op(
+    const Tensor& grad, const Tensor& row, const Tensor& kept, const Tensor& extra, const Tensor& hidden, const Tensor& weight,
+    const Tensor& target, const OptionalTensor& bias, std::optional<double> softcap, std::optional<double> scale,
+    bool need_weight, bool need_bias) {
+  const Tensor dw = at::empty({need_weight ? weight.size(0) : 0, weight.size(1)}, weight.options());
+  const Tensor db = backward_into(dw, grad, row, kept, extra, hidden, weight, target, bias, softcap, scale, need_bias);
+  return {dw, db};
+}
+
+Tensor backward_in_place_op(
+    const Tensor& grad, const Tensor& row, const Tensor& kept, const Tensor& extra, const Tensor& hidden, const Tensor& weight,
+    const Tensor& target, const OptionalTensor& bias, std::optional<double> softcap, std::optional<double> scale, bool need_bias) {
+  return backward_into(kept, grad, row, kept, extra, hidden, weight, target, bias, softcap, scale, need_bias);
+}
+
 TORCH_LIBRARY(stepdpo_kernels, m) {
   m.def(
       "linear_logprob_forward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float? softcap, float? logit_scale, "
-      "bool need_hidden, bool need_weight, int extra_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool need_hidden, bool need_weight, int extra_rows, bool overwrite) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "linear_logprob_backward(Tensor grad, Tensor row, Tensor(a!) kept, Tensor extra, bool usable, Tensor hidden, Tensor weight, "
+      "linear_logprob_backward(Tensor grad, Tensor row, Tensor kept, Tensor extra, Tensor hidden, Tensor weight, Tensor target, "
+      "Tensor? bias, float? softcap, float? logit_scale, bool need_weight, bool need_bias) -> (Tensor, Tensor)");
+  m.def(  // leaves dW in `kept`
+      "linear_logprob_backward_(Tensor grad, Tensor row, Tensor(a!) kept, Tensor extra, Tensor hidden, Tensor weight, "
       "Tensor target, Tensor? bias, float? softcap, float? logit_scale, bool need_bias) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(stepdpo_kernels, CPU, m) {
   m.impl("linear_logprob_forward", &forward_op);
   m.impl("linear_logprob_backward", &backward_op);
+  m.impl("linear_logprob_backward_", &backward_in_place_op);
 }
 
 }  // namespace

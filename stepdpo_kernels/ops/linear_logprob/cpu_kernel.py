@@ -1,9 +1,9 @@
 """The C++ CPU operator: float32 and bfloat16, logits only as tiles in cache. Its maths is in csrc/linear_logprob.cpp.
 
 Forward computes dX up to the upstream gradient while W is at hand, and keeps E = exp(z - z_target) in the input dtype
-in the memory that becomes dW: a row of dW has room for E of D loss rows. `extra_rows` says how many more are kept beside
-it; what is not kept, backward recomputes. So a full backward costs three products in all where everything is kept,
-a frozen head two, log-probs alone one.
+in the memory that becomes dW: a row of dW has room for E of D loss rows. `extra_rows` says how many more are kept
+beside it; what is not kept, backward recomputes. So a full backward costs three products in all where everything is
+kept, a frozen head two, log-probs alone one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _register() -> None:
     ops = torch.ops.stepdpo_kernels
 
     @torch.library.register_fake("stepdpo_kernels::linear_logprob_forward")
-    def _(hidden, weight, target, bias, softcap, logit_scale, need_hidden, need_weight, extra_rows):  # type: ignore[no-untyped-def]
+    def _(hidden, weight, target, bias, softcap, logit_scale, need_hidden, need_weight, extra_rows, overwrite):  # type: ignore[no-untyped-def]
         rows, size = hidden.shape
         return (
             hidden.new_empty(rows, dtype=torch.float32),
@@ -64,36 +64,49 @@ def _register() -> None:
         )
 
     @torch.library.register_fake("stepdpo_kernels::linear_logprob_backward")
-    def _(grad, row, kept, extra, usable, hidden, weight, target, bias, softcap, logit_scale, need_bias):  # type: ignore[no-untyped-def]
+    def _(grad, row, kept, extra, hidden, weight, target, bias, softcap, scale, need_weight, need_bias):  # type: ignore[no-untyped-def]
+        vocabulary, size = weight.shape
+        d_bias = weight.new_empty(vocabulary if need_bias else 0, dtype=torch.float32)
+        return weight.new_empty(vocabulary if need_weight else 0, size), d_bias
+
+    @torch.library.register_fake("stepdpo_kernels::linear_logprob_backward_")
+    def _(grad, row, kept, extra, hidden, weight, target, bias, softcap, scale, need_bias):  # type: ignore[no-untyped-def]
         return weight.new_empty(weight.shape[0] if need_bias else 0, dtype=torch.float32)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, weight, target, bias, ctx.softcap, ctx.logit_scale, *_ = inputs
+        hidden, weight, target, bias, ctx.softcap, ctx.logit_scale, *_, ctx.overwrite = inputs
         _, row, d_hidden, kept, extra = output
         ctx.mark_non_differentiable(row, d_hidden, kept, extra)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, target, bias, row, d_hidden, extra)
-        ctx.kept = kept  # not saved: the first backward turns it into dW
+        ctx.kept = kept  # not a saved tensor: the first backward may turn it into dW
 
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_logprob's cpu implementation has no second derivative; use impl='reference'")
         hidden, weight, target, bias, row, d_hidden, extra = ctx.saved_tensors
         need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
         if grad is None:
-            return (None,) * 9
+            return (None,) * 10
         dx = (grad[:, None] * d_hidden).to(hidden.dtype) if need_hidden else None
         dw = db = None
         if need_weight or need_bias:
-            kept, ctx.kept = ctx.kept, None
-            usable = kept is not None
-            if not usable:  # a second backward through a retained graph
-                kept = torch.empty(weight.shape if need_weight else (0, weight.shape[1]), dtype=weight.dtype)
-            db = ops.linear_logprob_backward(
-                grad, row, kept, extra, usable, hidden, weight, target, bias, ctx.softcap, ctx.logit_scale, need_bias
-            )
-            dw = kept if need_weight else None
-            db = db.to(bias.dtype) if need_bias else None
-        return dx, dw, None, db, None, None, None, None, None
+            problem = (hidden, weight, target, bias, ctx.softcap, ctx.logit_scale)
+            kept = ctx.kept
+            if need_weight and ctx.overwrite and kept is not None:
+                ctx.kept = None
+                db = ops.linear_logprob_backward_(grad, row, kept, extra, *problem, need_bias)
+                dw = kept
+            else:  # without `kept`, overwritten by an earlier backward through a retained graph, E is recomputed
+                kept = weight.new_empty(0, weight.shape[1]) if kept is None else kept
+                dw, db = ops.linear_logprob_backward(grad, row, kept, extra, *problem, need_weight, need_bias)
+        return (
+            dx,
+            dw if need_weight else None,
+            None,
+            db.to(bias.dtype) if need_bias else None,  # type: ignore[union-attr]
+            *(None,) * 6,
+        )
 
     torch.library.register_autograd("stepdpo_kernels::linear_logprob_forward", backward, setup_context=setup_context)
 
@@ -135,9 +148,11 @@ def linear_logprob(
 ) -> Tensor:  # (R,)
     """As `api.linear_logprob`; extra_bytes lowers what forward keeps beside dW for backward, 0 for the least memory."""
     grads = torch.is_grad_enabled()
-    need_weight = grads and weight.requires_grad
-    extra = extra_rows(*hidden.shape, weight.shape[0], hidden.element_size(), extra_bytes) if need_weight else 0
+    need_hidden, need_weight = grads and hidden.requires_grad, grads and weight.requires_grad
+    rows, size = hidden.shape
+    extra = extra_rows(rows, size, weight.shape[0], hidden.element_size(), extra_bytes) if need_weight else 0
+    overwrite = not torch.compiler.is_compiling()  # compiled graphs have no writing over the output of another operator
     logp, *_ = torch.ops.stepdpo_kernels.linear_logprob_forward(
-        hidden, weight, target, bias, softcap, logit_scale, grads and hidden.requires_grad, need_weight, extra
+        hidden, weight, target, bias, softcap, logit_scale, need_hidden, need_weight, extra, overwrite
     )
     return logp
