@@ -36,7 +36,7 @@ def extension() -> dict[str, Any]:
             except Exception as error:
                 if REQUIRED:
                     raise
-                self.extensions = []
+                self.extensions: list[Any] = []
                 self.distribution.ext_modules = []
                 say(f"installing without the C++ extension, it did not compile ({type(error).__name__}: {error})")
             else:

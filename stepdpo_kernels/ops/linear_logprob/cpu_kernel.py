@@ -116,7 +116,7 @@ _missing = _load()
 
 @cache
 def _log_missing() -> None:
-    logger.info("linear_logprob on CPUs runs in plain torch: %s", _missing)
+    logger.warning("linear_logprob on CPUs runs in plain torch: %s", _missing)
 
 
 def why_not(inputs: dict[str, Any]) -> list[str]:
