@@ -17,7 +17,7 @@ from examples.miniature.settings import Settings
 from examples.miniature.sharing import Packing
 from examples.miniature.task import HABIT_PROBABILITY
 
-HEADER = ("model", "solved", "change, points", "drop a carry")
+HEADER = ("model", "solved", "change, points", "wrong by a dropped carry")
 CAVEAT = (
     "No claim about Step-DPO against other methods: in a pilot of this setting, DPO on whole solutions and "
     "fine-tuning on the model's own right solutions did as well as Step-DPO, within one point at every learning rate. "
@@ -85,12 +85,12 @@ def accuracy_rows(results: Results) -> list[tuple[str, str, str, str]]:
     for name, accuracy in (
         ("before, with its bad habit", results.before),
         ("after, on its own mistakes", results.own),
-        ("after, on random wrong numbers", results.foreign),
+        ("after, on random numbers", results.foreign),
     ):
         solved = f"{100 * accuracy.mean:.1f}% ± {100 * accuracy.standard_error:.1f}"
         difference, error = accuracy.minus(results.before)
         change = "" if accuracy is results.before else f"{100 * difference:+.1f} ± {100 * error:.1f}"
-        rows.append((name, solved, change, f"{accuracy.by_habit} of {accuracy.wrong} wrong"))
+        rows.append((name, solved, change, f"{accuracy.by_habit} of {accuracy.wrong}"))
     return rows
 
 
