@@ -12,6 +12,8 @@ from typing import Any
 
 from setuptools import setup
 
+# Build frontends also run this file for metadata alone.
+BUILDING = not {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}.isdisjoint(sys.argv)
 REQUIRED = os.environ.get("STEPDPO_REQUIRE_EXTENSION") == "1"
 
 
@@ -26,7 +28,8 @@ def extension() -> dict[str, Any]:
     except ImportError as error:
         if REQUIRED:
             raise
-        say(f"installing without the C++ extension, torch cannot be imported here ({error})")
+        if BUILDING:
+            say(f"installing without the C++ extension, torch cannot be imported here ({error})")
         return {}
 
     class OptionalBuildExtension(BuildExtension):
@@ -47,7 +50,7 @@ def extension() -> dict[str, Any]:
     module = CppExtension(
         "stepdpo_kernels._C",
         ["csrc/linear_logprob.cpp"],
-        depends=["csrc/tile.h"],
+        depends=["csrc/head.h", "csrc/tile.h"],
         extra_compile_args=compile_args,
         extra_link_args=openmp,
         py_limited_api=True,

@@ -14,65 +14,44 @@
 // cancellation. What depends on a row is a factor, so E can be kept whatever the upstream gradient g is. Where a logit
 // exceeds its row's reference by more than kHeadroom, references are raised to the maximum and the sweep runs again.
 //
-// forward: a group of row blocks sweeps the vocabulary by chunks; in parallel the tiles of a chunk (product 1, row pass),
-// then the blocks of dX / g (product 2). It keeps E in the memory that will be dW, whose rows hold D rows of E, and in
-// `extra`. backward: in parallel the tiles of tokens, product 3 with E as kept or recomputed; a slice of dW is written
-// once, over the E that it came from. Every sum has one order, so results do not depend on the number of threads.
+// forward: a group of row blocks sweeps the vocabulary by chunks; in parallel the tiles of a chunk (product 1, row
+// pass), then the blocks of dX / g (product 2). It keeps E in the memory that will be dW, whose rows hold D rows of E,
+// and in `extra`. backward: in parallel the tiles of tokens, product 3 with E as kept or recomputed; a slice of dW is
+// written once, over the E that it came from. Every sum has one order, so results do not depend on the number of
+// threads.
 //
-// Memory: dW (V, D); extra (V, extra_rows); X packed; dX / g (R, D) in float32; a chunk of E and W in cache. Bytes moved:
-// W once a product and group, E once. FLOPs: 2RDV a product: 3 for a full backward and 1 for each row of E that was
-// not kept, 2 for a frozen head, 1 for log-probs alone.
+// Memory: dW (V, D); extra (V, extra_rows); X packed; dX / g (R, D) in float32; a chunk of E and W in cache. Bytes
+// moved: W once a product and group, E once. FLOPs: 2RDV a product: 3 for a full backward and 1 for each row of E that
+// was not kept, 2 for a frozen head, 1 for log-probs alone.
 #include <Python.h>
 
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <numeric>
 #include <tuple>
-#include <type_traits>
 #include <vector>
+
+#include "head.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-#include "tile.h"
-
 namespace {
 
-using at::BFloat16;
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+using namespace stepdpo;
 
-constexpr int64_t kVocab = 128;    // tokens of a tile
-constexpr int64_t kRows = 128;     // rows of a tile; ROW_BLOCK in cpu_kernel.py
-constexpr int64_t kColumns = 256;  // of D, in one product, at most
-constexpr int64_t kDepth = 256;    // of D, that product 1 sums at a time: partial sums are more accurate
-constexpr int64_t kGroup = 4;      // row blocks that are worked on together, or two for each thread
+constexpr int64_t kGroup = 4;  // row blocks that are worked on together, or two for each thread
 constexpr int64_t kChunkBytes = 1 << 20;  // of E and W, for each thread: what its L2 cache holds
-constexpr int64_t kChunkTiles = 4;        // at least: dX / g is read and written once a chunk
-constexpr float kHeadroom = 40.f;         // e^40 times a vocabulary, squared, is inside float32
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-template <typename T>
-constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
-
-template <typename T>
-Tensor buffer(int64_t size) {
-  return at::empty({size}, c10::CppTypeToScalarType<T>::value);
-}
+constexpr int64_t kChunkTiles = 4;  // at least: dX / g is read and written once a chunk
+constexpr float kHeadroom = 40.f;  // e^40, its sum over a vocabulary and the inverse are far inside float32
 
 // Asks for large pages: the page faults of a fresh dW cost a tenth of a product.
 void advise_large_pages(const Tensor& t) {
@@ -84,144 +63,11 @@ void advise_large_pages(const Tensor& t) {
 #endif
 }
 
-// Whether ATen's brgemm (oneDNN: AMX, AVX-512, AVX2) takes T on this CPU. It raises where it does not.
+// The vocabulary for the row blocks [first_block, end_block): sums and maxima of the row pass, (padded_rows,); E where
+// it is kept; E^T W into `acc`, (rows, ld), unless null.
 template <typename T>
-bool brgemm_works() {
-  static const bool works = [] {
-    const std::vector<T> ones(32, T(1.f));
-    float c[16];
-    try {
-      at::native::cpublas::brgemm(1, 16, 2, 2, 16, 16, false, ones.data(), ones.data(), c, kIsBFloat16<T>);
-      at::native::cpublas::brgemm_release(kIsBFloat16<T>);
-    } catch (const std::exception&) {
-      return false;
-    }
-    return std::all_of(c, c + 16, [](float sum) { return sum == 2.f; });
-  }();
-  return works && at::globalContext().userEnabledMkldnn();
-}
-
-// The problem, its tiles, and the products on them.
-template <typename T>
-struct Head {
-  const Tensor hidden, weight, bias_or_none;
-  const T *x, *w;                   // (R, D), (V, D)
-  const float* bias;                // (V,) or null
-  const int64_t R, D, V;
-  const float scale, softcap;       // softcap 0: none
-
-  const bool brgemm = brgemm_works<T>();
-  const int64_t pair = brgemm && kIsBFloat16<T> ? 2 : 1;  // so many k lie side by side in a right operand
-  const int64_t tiles = ceil_div(V, kVocab);
-  const int64_t row_blocks = ceil_div(R, kRows), padded_rows = round_up(R, stepdpo::kLanes);
-  const int64_t column_blocks = ceil_div(D, kColumns), columns = round_up(ceil_div(D, column_blocks), 16);
-  const int64_t all_columns = column_blocks * columns;
-  const int64_t padded_d = round_up(D, pair);
-  const int64_t ld = round_up(D, 16) + 16;  // of float32 sums (rows, D): not a power of two, which caches dislike
-  const int64_t scratch = kVocab * (kRows + padded_d);  // floats that `tile` needs
-
-  // E of the first rows is kept in the rows of dW, of the next ones in `extra`.
-  const int64_t rows_in_dw = padded_rows <= D ? padded_rows : D / kRows * kRows;
-
-  std::vector<float> ref = std::vector<float>(padded_rows, kInfinity);  // so that e is 0 where padded
-  std::vector<int32_t> target = std::vector<int32_t>(padded_rows, -1);
-  Tensor x_packed = buffer<T>(padded_rows * padded_d);  // X^T: for each row block a right operand (D, rows)
-
-  Head(const Tensor& hidden_, const Tensor& weight_, const Tensor& target_, const OptionalTensor& bias_, std::optional<double> softcap_,
-       std::optional<double> scale_)
-      : hidden(hidden_.contiguous()), weight(weight_.contiguous()), bias_or_none(bias_ ? bias_->to(at::kFloat).contiguous() : Tensor()),
-        x(hidden.const_data_ptr<T>()), w(weight.const_data_ptr<T>()), bias(bias_ ? bias_or_none.const_data_ptr<float>() : nullptr),
-        R(hidden.size(0)), D(hidden.size(1)), V(weight.size(0)), scale(scale_.value_or(1.)), softcap(softcap_.value_or(0.)) {
-    std::copy_n(target_.contiguous().const_data_ptr<int64_t>(), R, target.begin());
-    at::parallel_for(0, row_blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; block++) {
-        const int64_t first = block * kRows, rows = rows_of(block);
-        T* packed = x_packed.data_ptr<T>() + first * padded_d;
-        std::fill_n(packed, rows * padded_d, T(0.f));
-        for (int64_t r = 0; r < std::min(rows, R - first); r++)
-          for (int64_t d = 0; d < D; d++) packed[at_right(d, r, rows)] = x[(first + r) * D + d];
-      }
-    });
-  }
-
-  int64_t tokens_of(int64_t tile) const { return std::min(kVocab, V - tile * kVocab); }
-  int64_t rows_of(int64_t block) const { return std::min(kRows, padded_rows - block * kRows); }
-  int64_t columns_of(int64_t block) const { return std::min(columns, D - block * columns); }
-
-  // Where a right operand with rows of `width` has (k, n).
-  int64_t at_right(int64_t k, int64_t n, int64_t width) const { return (k / pair * width + n) * pair + k % pair; }
-
-  // Where E of a tile is kept, (tokens, rows); null if it is not.
-  T* kept(T* in_dw, T* extra, int64_t extra_rows, int64_t tile, int64_t block) const {
-    const int64_t row = block * kRows, beyond = row - rows_in_dw;
-    if (beyond < 0) return in_dw ? in_dw + tile * kVocab * D + row * tokens_of(tile) : nullptr;
-    return beyond + rows_of(block) <= extra_rows ? extra + tile * kVocab * extra_rows + beyond * tokens_of(tile) : nullptr;
-  }
-
-  // C (m, n) = A (m, k) B (k, n), or +=; k a multiple of `pair`, B a right operand.
-  void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) const {
-    if (brgemm) {
-      at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, kIsBFloat16<T>);
-    } else {
-      stepdpo::product(m, n, k, a, lda, b, ldb, c, ldc, add);
-    }
-  }
-  // For every thread that called product, before it leaves.
-  void products_done() const {
-    if (brgemm) at::native::cpublas::brgemm_release(kIsBFloat16<T>);
-  }
-
-  // W of a tile: for each block of columns a right operand (tokens, columns).
-  void pack_weight(int64_t tile, T* to) const {
-    const std::vector<T> zeros(columns);
-    const int64_t tokens = tokens_of(tile);
-    for (int64_t b = 0; b < column_blocks; b++, to += kVocab * columns) {
-      for (int64_t v = 0; v < tokens; v += pair) {
-        const T* row = w + (tile * kVocab + v) * D + b * columns;
-        if (pair == 2) {
-          stepdpo::interleave(row, v + 1 < tokens ? row + D : zeros.data(), columns_of(b), to + v * columns);
-        } else {
-          std::memcpy(to + v * columns, row, columns_of(b) * sizeof(T));
-        }
-      }
-    }
-  }
-
-  // Product 1 and row pass of a tile. z: scratch. sum, top: (rows,). e: (tokens, rows). by_row: (rows, kVocab) or null.
-  void tile(int64_t tile, int64_t block, float* z, float* sum, float* top, T* e, T* by_row) const {
-    const int64_t tokens = tokens_of(tile), rows = rows_of(block), v = tile * kVocab, r = block * kRows;
-    const T *a = w + v * D, *b = x_packed.const_data_ptr<T>() + r * padded_d;
-    if (padded_d != D) {  // an odd D: rows of W get a zero
-      T* padded = reinterpret_cast<T*>(z + kVocab * kRows);
-      for (int64_t i = 0; i < tokens; i++) {
-        std::memcpy(padded + i * padded_d, a + i * D, D * sizeof(T));
-        padded[i * padded_d + D] = T(0.f);
-      }
-      a = padded;
-    }
-    for (int64_t d = 0; d < padded_d; d += kDepth) {
-      product(tokens, rows, std::min(kDepth, padded_d - d), a + d, padded_d, b + d * rows, rows, z, rows, d > 0);
-    }
-    stepdpo::row_pass({z, tokens, rows, v, bias ? bias + v : nullptr, scale, softcap, ref.data() + r, target.data() + r, sum, top, e,
-                       by_row, kVocab});
-  }
-
-  // The target's logit of a row, and its slope.
-  std::pair<double, double> target_logit(int64_t r) const {
-    const T *a = x + r * D, *b = w + target[r] * D;
-    double z = bias ? bias[target[r]] : 0.;
-    for (int64_t d = 0; d < D; d++) z += static_cast<double>(a[d]) * static_cast<double>(b[d]);
-    z *= scale;
-    if (softcap == 0.f) return {z, scale};
-    const double h = std::tanh(z / softcap);
-    return {h * softcap, scale * (1. - h * h)};
-  }
-};
-
-// The vocabulary for the row blocks [first_block, end_block): sums and maxima of the row pass, (padded_rows,); E where it is
-// kept; E^T W into `acc`, (rows, ld), unless null.
-template <typename T>
-void sweep(const Head<T>& h, int64_t first_block, int64_t end_block, double* sum, float* top, T* dw, T* extra, int64_t extra_rows, float* acc) {
+void sweep(const Head<T>& h, int64_t first_block, int64_t end_block, double* sum, float* top, T* dw, T* extra,
+           int64_t extra_rows, float* acc) {
   const int64_t blocks = end_block - first_block, first_row = first_block * kRows, threads = at::get_num_threads();
   const int64_t rows = std::min(end_block * kRows, h.padded_rows) - first_row;
   const int64_t e_size = rows * kVocab, w_size = h.all_columns * kVocab;
@@ -285,22 +131,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Head<T> h, bool need_
   });
   std::vector<double> sum(h.padded_rows);
   std::vector<float> top(h.padded_rows);
-  float *p = logp.data_ptr<float>(), *ref = row.data_ptr<float>(), *f = ref + h.R, *q = f + h.R, *dx = d_hidden.data_ptr<float>();
+  float *p = logp.data_ptr<float>(), *ref = row.data_ptr<float>(), *f = ref + h.R, *q = f + h.R,
+        *dx = d_hidden.data_ptr<float>();
   const int64_t group = std::min(h.row_blocks, std::max<int64_t>(kGroup, 2 * at::get_num_threads()));
   const Tensor acc = buffer<float>(need_hidden ? group * kRows * h.ld : 0);
   for (int64_t block = 0; block < h.row_blocks; block += group) {
-    const int64_t end_block = std::min(block + group, h.row_blocks), first_row = block * kRows, end_row = std::min(end_block * kRows, h.R);
-    for (const bool last : {false, true}) {
-      sweep(h, block, end_block, sum.data(), top.data(), keep ? kept.data_ptr<T>() : nullptr, extra.data_ptr<T>(), extra_rows,
-            need_hidden ? acc.data_ptr<float>() : nullptr);
-      bool again = false;
-      for (int64_t r = first_row; r < end_row && !last; r++)
-        if (top[r] > kHeadroom) {
-          h.ref[r] += top[r];
-          again = true;
-        }
-      if (!again) break;
-    }
+    const int64_t end_block = std::min(block + group, h.row_blocks), first_row = block * kRows,
+                  end_row = std::min(end_block * kRows, h.R);
+    const auto run = [&] {
+      sweep(h, block, end_block, sum.data(), top.data(), keep ? kept.data_ptr<T>() : nullptr, extra.data_ptr<T>(),
+            extra_rows, need_hidden ? acc.data_ptr<float>() : nullptr);
+    };
+    run();
+    bool again = false;
+    for (int64_t r = first_row; r < end_row; r++)
+      if (top[r] > kHeadroom) {
+        h.ref[r] += top[r];
+        again = true;
+      }
+    if (again) run();
     at::parallel_for(first_row, end_row, 16, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) {
         const double z = hit[r].first - h.ref[r], total = std::exp(z) + sum[r];
@@ -310,7 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Head<T> h, bool need_
         q[r] = sum[r] / total * hit[r].second;
         const T* own = h.w + h.target[r] * h.D;
         const float* others = acc.const_data_ptr<float>() + (r - first_row) * h.ld;
-        for (int64_t d = 0; need_hidden && d < h.D; d++) dx[r * h.D + d] = q[r] * static_cast<float>(own[d]) - f[r] * others[d];
+        for (int64_t d = 0; need_hidden && d < h.D; d++)
+          dx[r * h.D + d] = q[r] * static_cast<float>(own[d]) - f[r] * others[d];
       }
     });
   }
@@ -319,7 +169,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Head<T> h, bool need_
 
 // dW (V, D), unless null, which may lie over `kept`, null too if nothing was; -> dbias (V,) or empty.
 template <typename T>
-Tensor backward(Head<T> h, const float* grad, const float* row, T* dw, T* kept, T* extra, int64_t extra_rows, bool need_bias) {
+Tensor backward(Head<T> h, const float* grad, const float* row, T* dw, T* kept, T* extra, int64_t extra_rows,
+                bool need_bias) {
   const float *ref = row, *f = ref + h.R, *q = f + h.R;
   std::copy_n(ref, h.R, h.ref.begin());
   std::vector<float> factor(h.padded_rows, 0.f);  // of E
@@ -360,20 +211,22 @@ Tensor backward(Head<T> h, const float* grad, const float* row, T* dw, T* kept, 
         for (int64_t b = 0; dw && b < h.column_blocks; b++)
           for (int64_t i = 0; i < blocks; i++) {
             const int64_t rows = h.rows_of(block + i), column = b * h.columns;
-            h.product(tokens, h.columns_of(b), rows, e[i], rows, scaled + (block + i) * kRows * h.all_columns + column * rows, h.columns,
-                      acc + column, h.ld, block + i > 0);
+            h.product(tokens, h.columns_of(b), rows, e[i], rows,
+                      scaled + (block + i) * kRows * h.all_columns + column * rows, h.columns, acc + column, h.ld,
+                      block + i > 0);
           }
         for (int64_t i = 0; need_bias && i < blocks; i++)
           for (int64_t v = 0; v < tokens; v++) {
             const int64_t rows = h.rows_of(block + i);
-            float sums[stepdpo::kLanes] = {};
+            float sums[kLanes] = {};
             for (int64_t r = 0; r < rows; r++) {
-              sums[r % stepdpo::kLanes] += factor[(block + i) * kRows + r] * static_cast<float>(e[i][v * rows + r]);
+              sums[r % kLanes] += factor[(block + i) * kRows + r] * static_cast<float>(e[i][v * rows + r]);
             }
-            db[v] += std::accumulate(sums, sums + stepdpo::kLanes, 0.f);
+            db[v] += std::accumulate(sums, sums + kLanes, 0.f);
           }
       }
-      auto hit = std::lower_bound(by_target.begin(), by_target.end(), first, [&](int64_t r, int64_t v) { return h.target[r] < v; });
+      auto hit = std::lower_bound(by_target.begin(), by_target.end(), first,
+                                  [&](int64_t r, int64_t v) { return h.target[r] < v; });
       for (; hit != by_target.end() && h.target[*hit] < first + tokens; hit++) {
         const int64_t v = h.target[*hit] - first;
         const float own = grad[*hit] * q[*hit];
@@ -388,7 +241,8 @@ Tensor backward(Head<T> h, const float* grad, const float* row, T* dw, T* kept, 
   return d_bias;
 }
 
-void check(const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias, int64_t extra_rows) {
+void check(const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+           int64_t extra_rows) {
   const auto type = hidden.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "hidden must be float32 or bfloat16, got ", type);
   TORCH_CHECK(weight.scalar_type() == type, "weight is ", weight.scalar_type(), " and hidden is ", type);
@@ -396,10 +250,10 @@ void check(const Tensor& hidden, const Tensor& weight, const Tensor& target, con
               "hidden must be (R, D) and weight (V, D), got ", hidden.sizes(), " and ", weight.sizes());
   const int64_t rows = hidden.size(0), vocabulary = weight.size(0);
   TORCH_CHECK(vocabulary <= std::numeric_limits<int32_t>::max(), "the vocabulary has more than 2^31 - 1 tokens");
-  TORCH_CHECK(target.dim() == 1 && target.size(0) == rows && target.scalar_type() == at::kLong, "target must be (", rows,
-              ",) int64, got ", target.sizes(), " ", target.scalar_type());
+  TORCH_CHECK(target.dim() == 1 && target.size(0) == rows && target.scalar_type() == at::kLong, "target must be (",
+              rows, ",) int64, got ", target.sizes(), " ", target.scalar_type());
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == vocabulary), "bias must be (", vocabulary, ",)");
-  TORCH_CHECK(extra_rows >= 0 && extra_rows <= round_up(rows, stepdpo::kLanes), "extra_rows is ", extra_rows);
+  TORCH_CHECK(extra_rows >= 0 && extra_rows <= round_up(rows, kLanes), "extra_rows is ", extra_rows);
   if (!rows) return;
   const auto [low, high] = target.aminmax();
   TORCH_CHECK(low.item<int64_t>() >= 0 && high.item<int64_t>() < vocabulary, "target holds ", low.item<int64_t>(), "..",
@@ -407,8 +261,9 @@ void check(const Tensor& hidden, const Tensor& weight, const Tensor& target, con
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_op(
-    const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias, std::optional<double> softcap,
-    std::optional<double> scale, bool need_hidden, bool need_weight, int64_t extra_rows, bool /*overwrite: for backward*/) {
+    const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+    std::optional<double> softcap, std::optional<double> scale, bool need_hidden, bool need_weight, int64_t extra_rows,
+    bool /*overwrite: for the backward of autograd*/) {
   check(hidden, weight, target, bias, extra_rows);
   if (hidden.scalar_type() == at::kFloat) {
     return forward(Head<float>(hidden, weight, target, bias, softcap, scale), need_hidden, need_weight, extra_rows);
@@ -416,49 +271,55 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_op(
   return forward(Head<BFloat16>(hidden, weight, target, bias, softcap, scale), need_hidden, need_weight, extra_rows);
 }
 
-Tensor backward_into(
-    const Tensor& dw, const Tensor& grad, const Tensor& row, const Tensor& kept, const Tensor& extra, const Tensor& hidden,
-    const Tensor& weight, const Tensor& target, const OptionalTensor& bias, std::optional<double> softcap,
-    std::optional<double> scale, bool need_bias) {
+Tensor backward_into(const Tensor& dw, const Tensor& grad, const Tensor& row, const Tensor& kept, const Tensor& extra,
+                     const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+                     std::optional<double> softcap, std::optional<double> scale, bool need_bias) {
   const int64_t rows = hidden.size(0), extra_rows = weight.size(0) ? extra.numel() / weight.size(0) : 0;
   check(hidden, weight, target, bias, extra_rows);
-  TORCH_CHECK(grad.dim() == 1 && grad.size(0) == rows && grad.scalar_type() == at::kFloat, "grad must be (", rows, ",) float32");
-  TORCH_CHECK(row.numel() == 3 * rows && row.is_contiguous() && row.scalar_type() == at::kFloat, "row must be (3, ", rows, ") float32");
+  TORCH_CHECK(grad.dim() == 1 && grad.size(0) == rows && grad.scalar_type() == at::kFloat, "grad must be (", rows,
+              ",) float32");
+  TORCH_CHECK(row.numel() == 3 * rows && row.is_contiguous() && row.scalar_type() == at::kFloat, "row must be (3, ",
+              rows, ") float32");
   for (const Tensor& t : {kept, extra, dw}) {
-    TORCH_CHECK(t.scalar_type() == hidden.scalar_type() && t.is_contiguous() && (t.dim() == 1 || !t.numel() || t.sizes() == weight.sizes()),
+    TORCH_CHECK(t.scalar_type() == hidden.scalar_type() && t.is_contiguous() &&
+                    (t.dim() == 1 || !t.numel() || t.sizes() == weight.sizes()),
                 "kept and extra must be what forward returned");
   }
   const Tensor g = grad.contiguous();
   const auto run = [&]<typename T>(const Head<T>& head) {
-    return backward(head, g.const_data_ptr<float>(), row.const_data_ptr<float>(), dw.numel() ? dw.data_ptr<T>() : nullptr,
-                    kept.numel() ? kept.data_ptr<T>() : nullptr, extra.data_ptr<T>(), extra_rows, need_bias);
+    return backward(head, g.const_data_ptr<float>(), row.const_data_ptr<float>(),
+                    dw.numel() ? dw.data_ptr<T>() : nullptr, kept.numel() ? kept.data_ptr<T>() : nullptr,
+                    extra.data_ptr<T>(), extra_rows, need_bias);
   };
   if (hidden.scalar_type() == at::kFloat) return run(Head<float>(hidden, weight, target, bias, softcap, scale));
   return run(Head<BFloat16>(hidden, weight, target, bias, softcap, scale));
 }
 
 std::tuple<Tensor, Tensor> backward_op(
-    const Tensor& grad, const Tensor& row, const Tensor& kept, const Tensor& extra, const Tensor& hidden, const Tensor& weight,
-    const Tensor& target, const OptionalTensor& bias, std::optional<double> softcap, std::optional<double> scale,
-    bool need_weight, bool need_bias) {
+    const Tensor& grad, const Tensor& row, const Tensor& kept, const Tensor& extra, const Tensor& hidden,
+    const Tensor& weight, const Tensor& target, const OptionalTensor& bias, std::optional<double> softcap,
+    std::optional<double> scale, bool need_weight, bool need_bias) {
   const Tensor dw = at::empty({need_weight ? weight.size(0) : 0, weight.size(1)}, weight.options());
   const Tensor db = backward_into(dw, grad, row, kept, extra, hidden, weight, target, bias, softcap, scale, need_bias);
   return {dw, db};
 }
 
 Tensor backward_in_place_op(
-    const Tensor& grad, const Tensor& row, const Tensor& kept, const Tensor& extra, const Tensor& hidden, const Tensor& weight,
-    const Tensor& target, const OptionalTensor& bias, std::optional<double> softcap, std::optional<double> scale, bool need_bias) {
+    const Tensor& grad, const Tensor& row, const Tensor& kept, const Tensor& extra, const Tensor& hidden,
+    const Tensor& weight, const Tensor& target, const OptionalTensor& bias, std::optional<double> softcap,
+    std::optional<double> scale, bool need_bias) {
   return backward_into(kept, grad, row, kept, extra, hidden, weight, target, bias, softcap, scale, need_bias);
 }
 
 TORCH_LIBRARY(stepdpo_kernels, m) {
   m.def(
-      "linear_logprob_forward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float? softcap, float? logit_scale, "
-      "bool need_hidden, bool need_weight, int extra_rows, bool overwrite) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "linear_logprob_forward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float? softcap, "
+      "float? logit_scale, bool need_hidden, bool need_weight, int extra_rows, bool overwrite) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "linear_logprob_backward(Tensor grad, Tensor row, Tensor kept, Tensor extra, Tensor hidden, Tensor weight, Tensor target, "
-      "Tensor? bias, float? softcap, float? logit_scale, bool need_weight, bool need_bias) -> (Tensor, Tensor)");
+      "linear_logprob_backward(Tensor grad, Tensor row, Tensor kept, Tensor extra, Tensor hidden, Tensor weight, "
+      "Tensor target, Tensor? bias, float? softcap, float? logit_scale, bool need_weight, bool need_bias) "
+      "-> (Tensor, Tensor)");
   m.def(  // leaves dW in `kept`
       "linear_logprob_backward_(Tensor grad, Tensor row, Tensor(a!) kept, Tensor extra, Tensor hidden, Tensor weight, "
       "Tensor target, Tensor? bias, float? softcap, float? logit_scale, bool need_bias) -> Tensor");
@@ -472,8 +333,10 @@ TORCH_LIBRARY_IMPL(stepdpo_kernels, CPU, m) {
 
 }  // namespace
 
-// `import stepdpo_kernels._C` registers the operators; the module itself is empty.
+// `import stepdpo_kernels._C` registers the operators; the module itself says only what torch it was built against.
 extern "C" PyObject* PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-  return PyModule_Create(&module);
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (module) PyModule_AddStringConstant(module, "torch_version", TORCH_VERSION);
+  return module;
 }

@@ -1,5 +1,6 @@
 // What is done to a tile of logits between two products: exp, sums and maxima per row, rounding, packing; and a product
-// for CPUs without a library's. Written with the compiler's vector extension and compiled once per instruction set, chosen when the library loads.
+// for CPUs without a library's. Written with the compiler's vector extension and compiled once per instruction set,
+// chosen when the library loads.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -35,7 +36,8 @@ STEPDPO_INLINE void store(void* to, const Vector& v) {
   std::memcpy(to, &v, sizeof(v));
 }
 
-// exp(x) to 1 ulp for -87 < x < 88, and what it is at those ends beyond them; NaN stays NaN. 2^n times the Taylor polynomial of degree 7 on |r| <= ln(2)/2.
+// exp(x) to 1 ulp for -87 < x < 88, and what it is at those ends beyond them; NaN stays NaN. 2^n times the Taylor
+// polynomial of degree 7 on |r| <= ln(2)/2.
 STEPDPO_INLINE Floats exp16(Floats x) {
   const Floats top = Floats{} + 88.f, bottom = Floats{} - 87.f;
   x = x > top ? top : x;
@@ -77,17 +79,17 @@ STEPDPO_INLINE void store_rounded(c10::BFloat16* to, const Floats& v) {
 
 template <typename T>
 struct Tile {
-  const float* z;         // (tokens, rows) products; rows is a multiple of kLanes
+  const float* z;  // (tokens, rows) products; rows is a multiple of kLanes
   int64_t tokens, rows;
   int64_t first_token;
-  const float* bias;      // (tokens,) or null
-  float scale, softcap;   // softcap 0: none
-  const float* ref;       // (rows,)
+  const float* bias;  // (tokens,) or null
+  float scale, softcap;  // softcap 0: none
+  const float* ref;  // (rows,)
   const int32_t* target;  // (rows,)
-  float* sum;             // (rows,) out: sum of e over the tile's tokens, the target left out
-  float* top;             // (rows,) out: maximum of z - ref
-  T* e;                   // (tokens, rows) out: e times the slope of z
-  T* by_row;              // (rows, stride) out: the same, transposed, with a zero after an odd number of tokens; or null
+  float* sum;  // (rows,) out: sum of e over the tile's tokens, the target left out
+  float* top;  // (rows,) out: maximum of z - ref
+  T* e;  // (tokens, rows) out: e times the slope of z
+  T* by_row;  // (rows, stride) out: the same, transposed, with a zero after an odd number of tokens; or null
   int64_t stride;
 };
 
@@ -96,7 +98,8 @@ STEPDPO_INLINE void row_pass_of(const Tile<T>& t) {
   for (int64_t r = 0; r < t.rows; r += kLanes) {
     const Floats ref = fetch<Floats>(t.ref + r);
     // Relative to the tile and as float, which is exact where it can be equal to an index of the tile.
-    const Floats target = __builtin_convertvector(fetch<Ints>(t.target + r) - static_cast<int32_t>(t.first_token), Floats);
+    const Floats target =
+        __builtin_convertvector(fetch<Ints>(t.target + r) - static_cast<int32_t>(t.first_token), Floats);
     Floats sum{}, top = Floats{} - __builtin_inff();
     for (int64_t v = 0; v < t.tokens; v++) {
       Floats z = fetch<Floats>(t.z + v * t.rows + r);
@@ -139,7 +142,8 @@ STEPDPO_PER_ISA static void interleave(const void* even, const void* odd, int64_
   auto* out = static_cast<uint16_t*>(to);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    const Words pair = __builtin_convertvector(fetch<Halves>(low + i), Words) | (__builtin_convertvector(fetch<Halves>(high + i), Words) << 16);
+    const Words pair = __builtin_convertvector(fetch<Halves>(low + i), Words) |
+                       (__builtin_convertvector(fetch<Halves>(high + i), Words) << 16);
     store(out + 2 * i, pair);
   }
   for (; i < n; i++) out[2 * i] = low[i], out[2 * i + 1] = high[i];
@@ -152,10 +156,11 @@ STEPDPO_INLINE Floats widen(const c10::BFloat16* from) {
   return fetch<Floats>(&bits);
 }
 
-// C (m, n) = A (m, k) B (k, n), or +=, with float32 sums, for CPUs where no library does it: kM rows by kLanes columns of C
-// at a time in registers.
+// C (m, n) = A (m, k) B (k, n), or +=, with float32 sums, for CPUs where no library does it: kM rows by kLanes columns
+// of C at a time in registers.
 template <int kM, typename T>
-STEPDPO_INLINE void product_rows(int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+STEPDPO_INLINE void product_rows(int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
+                                 int64_t ldc, bool add) {
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
     Floats sum[kM];
@@ -174,12 +179,12 @@ STEPDPO_INLINE void product_rows(int64_t n, int64_t k, const T* a, int64_t lda, 
     }
 }
 
-#define STEPDPO_PRODUCT(T)                                                                                                        \
-  STEPDPO_PER_ISA static void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, \
-                                      int64_t ldc, bool add) {                                                                    \
-    int64_t i = 0;                                                                                                                \
-    for (; i + 6 <= m; i += 6) product_rows<6>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);                            \
-    for (; i < m; i++) product_rows<1>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);                                    \
+#define STEPDPO_PRODUCT(T)                                                                                  \
+  STEPDPO_PER_ISA static void plain_product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, \
+                                      int64_t ldb, float* c, int64_t ldc, bool add) {                       \
+    int64_t i = 0;                                                                                          \
+    for (; i + 6 <= m; i += 6) product_rows<6>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);      \
+    for (; i < m; i++) product_rows<1>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);              \
   }
 STEPDPO_PRODUCT(float)
 STEPDPO_PRODUCT(c10::BFloat16)

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -364,6 +365,13 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     ]
     with pytest.raises(ValueError, match="the C\\+\\+ extension is not built"):
         linear_logprob(hidden, weight, target, impl="cpu")
+
+
+def test_an_extension_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "stepdpo_kernels._C", SimpleNamespace(torch_version="2.0.1"))
+    assert "was built with torch 2.0.1" in str(cpu_kernel._load())
+    monkeypatch.setitem(sys.modules, "stepdpo_kernels._C", None)
+    assert cpu_kernel._load() == "the C++ extension is not built"
 
 
 @pytest.mark.skipif(os.environ.get("STEPDPO_REQUIRE_EXTENSION") != "1", reason="STEPDPO_REQUIRE_EXTENSION=1 is not set")

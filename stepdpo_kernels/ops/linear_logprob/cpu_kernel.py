@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -40,11 +41,15 @@ def extra_rows(rows: int, hidden_size: int, vocabulary: int, element_bytes: int,
 def _load() -> str | None:
     """Registers the operators; why not, if it cannot."""
     try:
-        import stepdpo_kernels._C  # type: ignore[import-not-found]  # noqa: F401
+        extension = import_module("stepdpo_kernels._C")
     except ModuleNotFoundError:
         return "the C++ extension is not built"
     except ImportError as error:
-        return f"the C++ extension does not load, build it again with this torch ({error})"
+        return f"the C++ extension does not load, build it again with torch {torch.__version__} ({error})"
+    if extension.torch_version.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return (
+            f"the C++ extension was built with torch {extension.torch_version}, build it again with {torch.__version__}"
+        )
     _register()
     return None
 
