@@ -18,8 +18,15 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "triton", "ste
 
 def run_worker(module: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Runs `python -m MODULE` with settings as JSON on its standard input; its last line of output is its result."""
+    # Threads that wait give their core away: on a shared machine spinning ones slow a run by several times.
+    calm = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     done = subprocess.run(
-        [sys.executable, "-m", module], input=json.dumps(settings), capture_output=True, text=True, check=False
+        [sys.executable, "-m", module],
+        input=json.dumps(settings),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=calm,
     )
     if done.returncode:
         raise SystemExit(f"{module} failed for {settings}:\n{done.stderr[-4000:]}")
