@@ -46,10 +46,9 @@ def _load() -> str | None:
         return "the C++ extension is not built"
     except ImportError as error:
         return f"the C++ extension does not load, build it again with torch {torch.__version__} ({error})"
-    if extension.torch_version.split(".")[:2] != torch.__version__.split(".")[:2]:
-        return (
-            f"the C++ extension was built with torch {extension.torch_version}, build it again with {torch.__version__}"
-        )
+    built_with = getattr(extension, "torch_version", "unknown")  # unknown: of an older checkout
+    if built_with.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return f"the C++ extension was built with torch {built_with}, build it again with {torch.__version__}"
     _register()
     return None
 
