@@ -225,11 +225,25 @@ def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(arguments, tmp_path, 
 # ---- a process of its own -------------------------------------------------------------------------------------------
 
 
+# Steps that take a while, so that a signal arrives before the run is over, on a fast machine, too.
+UNHURRIED = """
+import time
+from stepdpo_kernels.cli import main
+from stepdpo_kernels.trainer import StepDPOTrainer
+step = StepDPOTrainer.training_step
+def slow_step(*args, **options):
+    time.sleep(0.05)
+    return step(*args, **options)
+StepDPOTrainer.training_step = slow_step
+main()
+"""
+
+
 def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     """On one thread, as the tests are, so that results compare bit for bit."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", "from stepdpo_kernels.cli import main; main()", *arguments],
+        [sys.executable, "-c", UNHURRIED, *arguments],
         env=environment,
         cwd=Path(__file__).resolve().parents[2],
         stdout=(folder / "stdout").open("w"),
@@ -247,7 +261,7 @@ def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_loads_and_goes_on(arguments, tmp_path):
-    options = {"num_train_epochs": 16, "save_total_limit": 2}  # 96 steps: long enough to be interrupted
+    options = {"num_train_epochs": 16, "save_total_limit": 2}  # 96 steps
     process = start(arguments("run", **options), tmp_path)
     try:
         wait_for(tmp_path / "run" / "checkpoint-2", process)
