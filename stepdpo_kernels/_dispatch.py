@@ -24,7 +24,7 @@ from typing import Any
 logger = logging.getLogger("stepdpo_kernels")
 
 # Order of preference for "auto", over all operations.
-PREFERENCE = ("triton", "varlen", "cpu", "chunked", "reference")
+PREFERENCE = ("triton", "triton_chunked", "triton_fused", "varlen", "cpu", "chunked", "torch", "reference")
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def _name(op: str, impl: str = "auto", **inputs: Any) -> str:
 
 def test_implementations_stand_in_order_of_preference() -> None:
     assert implementations("head") == ["triton", "cpu", "chunked"]
-    assert PREFERENCE == ("triton", "varlen", "cpu", "chunked", "reference")
+    assert PREFERENCE == ("triton", "triton_chunked", "triton_fused", "varlen", "cpu", "chunked", "torch", "reference")
 
 
 def test_auto_takes_the_first_that_can() -> None:
@@ -70,7 +70,7 @@ def test_unknown_names() -> None:
         ValueError, match="no implementation 'varlen' of operation 'head'; there are: auto, triton, cpu"
     ):
         choose("head", "varlen", {})
-    with pytest.raises(ValueError, match="'fast' of head is not one of triton, varlen"):
+    with pytest.raises(ValueError, match="'fast' of head is not one of triton, triton_chunked, "):
         register("head", "fast", lambda: None, lambda inputs: [])
     with pytest.raises(ValueError, match="no operation 'body'; there are: head, mixer"), use_impl(body="cpu"):
         pass
