@@ -37,6 +37,10 @@ for _name in [name for name in os.environ if name.startswith("STEPDPO_") and nam
 import pytest  # noqa: E402 (after the environment)
 import torch  # noqa: E402
 
+# Without a GPU Triton kernels run in its interpreter, which it asks for when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
