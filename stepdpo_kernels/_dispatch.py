@@ -35,6 +35,7 @@ class Implementation:
     name: str
     run: Callable[..., Any]
     why_not: Callable[[dict[str, Any]], list[str]]
+    why_not_auto: Callable[[dict[str, Any]], list[str]]
 
 
 # Where each operation registers its implementations; imported when a name is looked up.
@@ -46,10 +47,21 @@ _implementations: dict[str, dict[str, Implementation]] = {}
 _chosen_in_context: ContextVar[dict[str, str]] = ContextVar("stepdpo_impl", default={})  # noqa: B039 (never mutated)
 
 
-def register(op: str, name: str, run: Callable[..., Any], why_not: Callable[[dict[str, Any]], list[str]]) -> None:
+def _no_reason(inputs: dict[str, Any]) -> list[str]:
+    return []
+
+
+def register(
+    op: str,
+    name: str,
+    run: Callable[..., Any],
+    why_not: Callable[[dict[str, Any]], list[str]],
+    why_not_auto: Callable[[dict[str, Any]], list[str]] = _no_reason,
+) -> None:
+    """Adds an implementation of `op`; `why_not_auto` gives reasons that do not count when it is asked for by name."""
     if name not in PREFERENCE:
         raise ValueError(f"implementation {name!r} of {op} is not one of {', '.join(PREFERENCE)}")
-    _implementations.setdefault(op, {})[name] = Implementation(op, name, run, why_not)
+    _implementations.setdefault(op, {})[name] = Implementation(op, name, run, why_not, why_not_auto)
 
 
 def implementations(op: str) -> list[str]:
@@ -134,7 +146,7 @@ def choose(op: str, impl: str, inputs: dict[str, Any]) -> Implementation:
         return candidates[name]
     refusals: list[str] = []
     for name in implementations(op):
-        reasons = candidates[name].why_not(inputs)
+        reasons = candidates[name].why_not(inputs) or candidates[name].why_not_auto(inputs)
         if not reasons:
             _log_choice(op, name, "; ".join(refusals))
             return candidates[name]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -97,6 +101,30 @@ def _check(
         torch._assert_async(in_range, "a target lies outside the vocabulary")
 
 
+def _register_triton(name: str, module: str) -> None:
+    """Imports `module`, and Triton with it, only for tensors that it could take."""
+    home = f"stepdpo_kernels.ops.linear_logprob.{module}"
+
+    def run(*args: Any, **options: Any) -> Tensor:
+        return import_module(home).linear_logprob(*args, **options)
+
+    def why_not(inputs: dict[str, Any]) -> list[str]:
+        device = inputs["hidden"].device
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return [f"it runs on GPUs, and hidden is on {device}"]
+        try:
+            return import_module(home).why_not(inputs)
+        except ModuleNotFoundError as error:
+            return [f"{error.name} is not installed"]
+
+    def why_not_auto(inputs: dict[str, Any]) -> list[str]:
+        return ["Triton's interpreter is for tests"] if inputs["hidden"].device.type == "cpu" else []
+
+    _dispatch.register("linear_logprob", name, run, why_not, why_not_auto)
+
+
+_register_triton("triton_chunked", "triton_chunked")
+_register_triton("triton_fused", "triton_kernel")
 _dispatch.register("linear_logprob", "cpu", cpu_kernel.linear_logprob, cpu_kernel.why_not)
 _dispatch.register("linear_logprob", "chunked", chunked.linear_logprob, chunked.why_not)
 _dispatch.register("linear_logprob", "reference", reference.linear_logprob, lambda inputs: [])

@@ -1,0 +1,284 @@
+"""Log-probs of the targets from products of the library and one Triton kernel over rows of logits: the speed path.
+
+    forward    for each chunk of rows: logits = X_c W^T in float32 (rows, V); one kernel, a program for each row, reads
+               them for the maximum m, s = sum exp(z - m) and z[target], and again to write  Q = (onehot - p) dz/du
+               in the dtype of the inputs: over the logits themselves, or into what is kept for dW
+               dX / g = Q W, while Q is at hand
+    backward   dX = g * (dX / g)         dW = Q^T (g * X)         db = sum_r g Q               g (R,) upstream gradient
+               of rows whose Q was not kept, the logits are computed again by chunks of the vocabulary, so that a
+               part of dW is complete when it is written
+
+Moved by the kernel: 4 bytes a logit without gradients, else 8 read and 2 (float32: 4) written; once for each row.
+Three products for a full backward of rows that are kept, four of others; two for a frozen head; one for log-probs.
+
+Rows of a chunk: 1,024, halved until a chunk's logits fit a sixteenth of the device's memory, at least 128. Rows kept:
+as many as fit a bfloat16 [min(R, 2D), V], at R > 2D no more than a float32 dW. The total memory counts, not what is
+free at the moment: the policy and its reference must go through the same products to give the same bits.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stepdpo_kernels.ops.linear_logprob import triton_kernel
+from stepdpo_kernels.ops.linear_logprob.triton_kernel import Problem, add_product, product, scaled
+
+CHUNK_ROWS = 1024
+CHUNK_BYTES = 32 * 1024 * 1024  # of float32 logits that backward computes again: they stay in the L2 cache
+BLOCK = 4096  # logits of a row at a time
+NUM_WARPS = 8
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows whose logits are in memory at a time."""
+    total = 1 << 40 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+    rows = CHUNK_ROWS
+    while rows > 128 and 4 * rows * vocabulary > total // 16:
+        rows //= 2
+    return rows
+
+
+def kept_rows(rows: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """Rows whose Q is kept for dW."""
+    return min(rows, 2 * min(rows, 2 * hidden_size) // dtype.itemsize)
+
+
+# ---- helpers and forward --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _row_kernel(
+    logits,  # (rows, C) float32: hidden @ weight.T of the columns from `first` on
+    q_out,  # (rows, C); may lie in the memory of the logits
+    bias,  # (V,)
+    target,  # (rows,) int64
+    logp,  # (rows,) float32
+    stats,  # (2, all rows) float32: maximum, log of the sum relative to it
+    C,
+    first,
+    stride_z,
+    stride_q,
+    stride_stats,
+    scale,
+    softcap,
+    BLOCK: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    REDUCE: tl.constexpr,  # all columns are here: compute logp and stats; otherwise stats are given
+    WRITE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride_z
+    if BIAS:
+        bias += first
+    wanted = tl.load(target + row) - first
+    lane = tl.arange(0, BLOCK)
+    if REDUCE:
+        top = tl.full([BLOCK], -3.4028235e38, tl.float32)  # a maximum and a sum for each lane, joined at the end
+        total = tl.zeros([BLOCK], tl.float32)
+        hit = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, C, BLOCK):
+            z, _ = _load_logits(logits, bias, start, C, scale, softcap, BLOCK, BIAS, SOFTCAP)
+            hit += tl.where(start + lane == wanted, z, 0.0)
+            new_top = tl.maximum(top, z)
+            total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
+            top = new_top
+        row_top = tl.max(top, axis=0)
+        log_sum = tl.log(tl.sum(total * tl.exp(top - row_top), axis=0))
+        tl.store(logp + row, (tl.sum(hit, axis=0) - row_top) - log_sum)
+        tl.store(stats + row, row_top)
+        tl.store(stats + stride_stats + row, log_sum)
+    else:
+        row_top = tl.load(stats + row)
+        log_sum = tl.load(stats + stride_stats + row)
+    if WRITE:
+        q_out += row * stride_q
+        for start in range(0, C, BLOCK):
+            z, slope = _load_logits(logits, bias, start, C, scale, softcap, BLOCK, BIAS, SOFTCAP)
+            q = triton_kernel._gradient(z, slope, start + lane == wanted, row_top, log_sum)
+            tl.debug_barrier()  # in place, Q of this block lies over logits that other threads have to read first
+            tl.store(q_out + start + lane, q.to(q_out.dtype.element_ty), mask=start + lane < C)
+
+
+@triton.jit
+def _load_logits(
+    logits, bias, start, C, scale, softcap, BLOCK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr
+):
+    c = start + tl.arange(0, BLOCK)
+    z = tl.load(logits + c, mask=c < C, other=0.0)
+    if BIAS:
+        z += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+    return triton_kernel._transformed(z, c < C, scale, softcap, SOFTCAP)
+
+
+# ---- why not --------------------------------------------------------------------------------------------------------
+
+
+why_not = triton_kernel.why_not
+
+
+# ---- launchers ------------------------------------------------------------------------------------------------------
+
+
+def _rows(
+    problem: Problem, rows: slice, first: int, logits: Tensor, q: Tensor, logp: Tensor, stats: Tensor, **what: bool
+) -> None:
+    """The row kernel for `rows` of the problem and the columns of `logits` (rows, C), which begin at `first`."""
+    p = problem
+    _row_kernel[(logits.shape[0],)](
+        logits, q, p.bias, p.target[rows], logp[rows], stats[:, rows], logits.shape[1], first,
+        logits.stride(0), q.stride(0), stats.stride(0), p.scale, p.softcap or 0.0,
+        BLOCK=BLOCK, BIAS=p.bias is not None, SOFTCAP=p.softcap is not None, num_warps=NUM_WARPS, **what,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("stepdpo_kernels::linear_logprob_triton_chunked", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+    need_hidden: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs (R,), stats (2, R) and dX / g (R or 0, D) in float32; Q of the first rows (kept or 0, V) for dW."""
+    p = Problem(hidden, weight, target, bias, softcap, logit_scale)
+    kept = kept_rows(*hidden.shape, hidden.dtype)
+    device, dtype = hidden.device, hidden.dtype
+    size = min(p.rows, chunk_rows(p.vocabulary, device))
+    width = triton.cdiv(p.vocabulary, 8) * 8  # rows of aligned length
+    buffer = torch.empty(size, width, dtype=torch.float32, device=device)
+    logp = torch.empty(p.rows, dtype=torch.float32, device=device)
+    stats = torch.empty(2, p.rows, dtype=torch.float32, device=device)
+    d_hidden = torch.empty(p.rows if need_hidden else 0, p.hidden_size, dtype=torch.float32, device=device)
+    kept_q = torch.empty(kept if keep else 0, width, dtype=dtype, device=device)
+    # The rows that may be kept and the others in chunks of their own, so that a chunk is the one or the other; and
+    # whether they are kept or not, so that policy and reference go through the same products.
+    edges = [*range(0, kept, size), *range(kept, p.rows, size), p.rows]
+    for start, stop in pairwise(edges):
+        logits = product(p.x[start:stop], p.w.T, out=buffer[: stop - start, : p.vocabulary])
+        keep_these = keep and stop <= kept
+        q = (kept_q[start:stop] if keep_these else buffer.view(dtype)[: stop - start])[:, : p.vocabulary]
+        write = need_hidden or keep_these
+        _rows(p, slice(start, stop), 0, logits, q, logp, stats, REDUCE=True, WRITE=write)
+        if need_hidden:
+            product(q, p.w, out=d_hidden[start:stop])
+    return logp, stats, d_hidden, kept_q
+
+
+@_forward.register_fake
+def _(hidden, weight, target, bias, softcap, logit_scale, need_hidden, keep):  # type: ignore[no-untyped-def]
+    rows, size = hidden.shape
+    kept = kept_rows(rows, size, hidden.dtype) if keep else 0
+    return (
+        hidden.new_empty(rows, dtype=torch.float32),
+        hidden.new_empty(2, rows, dtype=torch.float32),
+        hidden.new_empty(rows if need_hidden else 0, size, dtype=torch.float32),
+        hidden.new_empty(kept, (weight.shape[0] + 7) // 8 * 8),
+    )
+
+
+@torch.library.custom_op("stepdpo_kernels::linear_logprob_triton_chunked_backward", mutates_args=())
+def _weight_gradients(
+    grad: Tensor,
+    stats: Tensor,
+    kept_q: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """dW (V or 0, D) in the dtype of the inputs, db (V or 0,) float32."""
+    p = Problem(hidden, weight, target, bias, softcap, logit_scale)
+    dtype, device, kept = hidden.dtype, hidden.device, kept_q.shape[0]
+    grad = grad.to(torch.float32).contiguous()
+    gx = scaled(p.x, grad) if need_weight else hidden.new_empty(0)
+    d_weight = torch.empty(p.vocabulary if need_weight else 0, p.hidden_size, dtype=dtype, device=device)
+    d_bias = torch.empty(p.vocabulary if need_bias else 0, dtype=torch.float32, device=device)
+    if kept == p.rows and need_weight and not need_bias:
+        return torch.mm(kept_q[:, : p.vocabulary].T, gx, out=d_weight), d_bias
+    rest = slice(kept, p.rows)
+    columns = min(p.vocabulary, max(8, CHUNK_BYTES // (4 * p.rows) // 8 * 8))
+    buffer = torch.empty(p.rows - kept, triton.cdiv(columns, 8) * 8, dtype=torch.float32, device=device)
+    for start in range(0, p.vocabulary, columns):
+        part = slice(start, min(start + columns, p.vocabulary))
+        pieces = [(kept_q[:, part], slice(0, kept))] if kept else []
+        if kept < p.rows:
+            size = part.stop - start
+            logits = product(p.x[rest], p.w[part].T, out=buffer[:, :size])
+            q = buffer.view(dtype)[:, :size]
+            _rows(p, rest, start, logits, q, grad, stats, REDUCE=False, WRITE=True)
+            pieces.append((q, rest))
+        if need_weight and len(pieces) == 1:
+            torch.mm(pieces[0][0].T, gx[pieces[0][1]], out=d_weight[part])
+        elif need_weight:
+            total = product(pieces[0][0].T, gx[pieces[0][1]])
+            add_product(total, pieces[1][0].T, gx[pieces[1][1]])
+            d_weight[part] = total
+        if need_bias:
+            d_bias[part] = sum((grad[rows, None] * q).sum(dim=0) for q, rows in pieces)
+    return d_weight, d_bias
+
+
+@_weight_gradients.register_fake
+def _(grad, stats, kept_q, hidden, weight, target, bias, softcap, logit_scale, need_weight, need_bias):  # type: ignore[no-untyped-def]
+    vocabulary, size = weight.shape
+    return (
+        weight.new_empty(vocabulary if need_weight else 0, size),
+        weight.new_empty(vocabulary if need_bias else 0, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, target, bias, ctx.softcap, ctx.logit_scale, *_ = inputs
+    _, stats, d_hidden, kept_q = output
+    ctx.mark_non_differentiable(stats, d_hidden, kept_q)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, target, bias, stats, d_hidden, kept_q)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_logprob in Triton has no second derivative; use impl='reference'")
+    if grad is None:
+        return (None,) * 8
+    hidden, weight, target, bias, stats, d_hidden, kept_q = ctx.saved_tensors
+    need_hidden, need_weight, _target, need_bias, *_rest = ctx.needs_input_grad
+    dx = (grad[:, None] * d_hidden).to(hidden.dtype) if need_hidden else None
+    dw = db = None
+    if need_weight or need_bias:
+        problem = (hidden, weight, target, bias, ctx.softcap, ctx.logit_scale)
+        dw, db = _weight_gradients(grad, stats, kept_q, *problem, need_weight, need_bias)
+    return dx, dw if need_weight else None, None, db.to(bias.dtype) if need_bias else None, *(None,) * 4
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_logprob(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (R,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+) -> Tensor:  # (R,)
+    """As `api.linear_logprob`."""
+    grads = torch.is_grad_enabled()
+    need_hidden = grads and hidden.requires_grad
+    keep = grads and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    logp, *_ = _forward(hidden, weight, target, bias, softcap, logit_scale, need_hidden, keep)
+    return logp
