@@ -3,6 +3,7 @@
 #     make demo    train a small model from scratch on its own mistakes and show what came of it
 #     make test    the tests that take seconds
 #     make slow    the tests that take minutes
+#     make kernels compile every Triton kernel for every GPU, with the Triton of TRITON= if that is given
 #     make lint    style, types, layers
 #     make bench   the benchmarks
 #     make gpu     the tests that need a GPU, then the benchmarks
@@ -11,7 +12,7 @@
 # On a machine that has torch, pytest and the rest, make PY=python test uses those and installs nothing.
 
 .DELETE_ON_ERROR:
-.PHONY: demo test slow lint bench gpu clean env
+.PHONY: demo test slow kernels lint bench gpu clean env
 
 PYTHON ?= python3
 # Alone and first: asking for "torch" together with the rest would let pip choose another one.
@@ -29,6 +30,11 @@ test: $(ENV)
 
 slow: $(ENV)
 	$(PY) -m pytest -m "slow and not gpu"
+
+# No GPU needed. TRITON=3.6.0 puts that version beside the environment, not into it.
+kernels: $(ENV)
+	$(if $(TRITON),$(PIP) install --quiet --no-deps --target .cache/triton-$(TRITON) triton==$(TRITON))
+	$(if $(TRITON),PYTHONPATH=.cache/triton-$(TRITON)) $(PY) -m tests.compiled_kernels
 
 lint: $(ENV)
 	$(PY) -m ruff check

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
-from importlib import import_module
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stepdpo_kernels import _dispatch
 from stepdpo_kernels.ops.linear_logprob import chunked, cpu_kernel, reference
+
+
+class _Kind(NamedTuple):
+    """What a choice depends on of a tensor."""
+
+    device: torch.device
+    dtype: torch.dtype
 
 
 def linear_logprob(
@@ -43,7 +50,8 @@ def linear_logprob(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a target outside the vocabulary (on CUDA a
-            device-side assertion, to spare a synchronisation), or an `impl` that cannot take the inputs.
+            device-side assertion, to spare a synchronisation; under torch.compile a RuntimeError), or an `impl`
+            that cannot take the inputs.
     """
     _check(hidden, weight, target, bias, softcap, logit_scale)
     if torch.is_autocast_enabled(hidden.device.type):
@@ -51,15 +59,13 @@ def linear_logprob(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one, or use torch.autocast")
-    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
-    inputs = {"hidden": hidden, "weight": weight, "target": target, **options}
-    implementation = _dispatch.choose("linear_logprob", impl, inputs)
+    name = _choose(impl, hidden.device, hidden.dtype, None if bias is None else bias.dtype)
     if not hidden.shape[0]:
         # No rows: nothing to compute, but the (zero) gradient still flows.
         nothing = hidden.sum() + weight[:0].sum() + (0 if bias is None else bias[:0].sum())
         return nothing.to(torch.promote_types(hidden.dtype, torch.float32)).expand(0)
     with torch.autocast(hidden.device.type, enabled=False):
-        return implementation.run(hidden, weight, target, **options)
+        return _RUN[name](hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale)
 
 
 def _check(
@@ -93,7 +99,7 @@ def _check(
     if logit_scale is not None and not abs(logit_scale) < float("inf"):
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
     in_range = ((target >= 0) & (target < vocabulary)).all()
-    if target.device.type == "cpu":
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
         if not in_range:
             worst = int(target[((target < 0) | (target >= vocabulary)).nonzero()[0, 0]])
             raise ValueError(f"target holds {worst}, outside the vocabulary 0..{vocabulary - 1}")
@@ -101,30 +107,60 @@ def _check(
         torch._assert_async(in_range, "a target lies outside the vocabulary")
 
 
-def _register_triton(name: str, module: str) -> None:
-    """Imports `module`, and Triton with it, only for tensors that it could take."""
-    home = f"stepdpo_kernels.ops.linear_logprob.{module}"
-
-    def run(*args: Any, **options: Any) -> Tensor:
-        return import_module(home).linear_logprob(*args, **options)
-
-    def why_not(inputs: dict[str, Any]) -> list[str]:
-        device = inputs["hidden"].device
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return [f"it runs on GPUs, and hidden is on {device}"]
-        try:
-            return import_module(home).why_not(inputs)
-        except ModuleNotFoundError as error:
-            return [f"{error.name} is not installed"]
-
-    def why_not_auto(inputs: dict[str, Any]) -> list[str]:
-        return ["Triton's interpreter is for tests"] if inputs["hidden"].device.type == "cpu" else []
-
-    _dispatch.register("linear_logprob", name, run, why_not, why_not_auto)
+def _choose(impl: str, device: torch.device, dtype: torch.dtype, bias_dtype: torch.dtype | None) -> str:
+    """The implementation's name; torch.compile asks once, when it traces."""
+    inputs = {
+        "hidden": _Kind(device, dtype),
+        "weight": _Kind(device, dtype),
+        "bias": None if bias_dtype is None else _Kind(device, bias_dtype),
+    }
+    return _dispatch.choose("linear_logprob", impl, inputs).name
 
 
-_register_triton("triton_chunked", "triton_chunked")
-_register_triton("triton_fused", "triton_kernel")
-_dispatch.register("linear_logprob", "cpu", cpu_kernel.linear_logprob, cpu_kernel.why_not)
-_dispatch.register("linear_logprob", "chunked", chunked.linear_logprob, chunked.why_not)
-_dispatch.register("linear_logprob", "reference", reference.linear_logprob, lambda inputs: [])
+# What torch.compiler.assume_constant_result does; that one imports torch's compiler, which takes seconds.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _triton_chunked(*args: Any, **options: Any) -> Tensor:
+    from stepdpo_kernels.ops.linear_logprob import triton_chunked
+
+    return triton_chunked.linear_logprob(*args, **options)
+
+
+def _triton_fused(*args: Any, **options: Any) -> Tensor:
+    from stepdpo_kernels.ops.linear_logprob import triton_kernel
+
+    return triton_kernel.linear_logprob(*args, **options)
+
+
+def _triton_why_not(inputs: dict[str, Any]) -> list[str]:
+    """Imports Triton only for tensors that it could take."""
+    device = inputs["hidden"].device
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return [f"it runs on GPUs, and hidden is on {device}"]
+    try:
+        from stepdpo_kernels.ops.linear_logprob import triton_kernel
+    except ModuleNotFoundError as error:
+        return [f"{error.name} is not installed"]
+    return triton_kernel.why_not(inputs)
+
+
+def _triton_why_not_auto(inputs: dict[str, Any]) -> list[str]:
+    return ["Triton's interpreter is for tests"] if inputs["hidden"].device.type == "cpu" else []
+
+
+_RUN: dict[str, Callable[..., Tensor]] = {
+    "triton_chunked": _triton_chunked,
+    "triton_fused": _triton_fused,
+    "cpu": cpu_kernel.linear_logprob,
+    "chunked": chunked.linear_logprob,
+    "reference": reference.linear_logprob,
+}
+for _name, _why_not, _why_not_auto in (
+    ("triton_chunked", _triton_why_not, _triton_why_not_auto),
+    ("triton_fused", _triton_why_not, _triton_why_not_auto),
+    ("cpu", cpu_kernel.why_not, _dispatch.no_reason),
+    ("chunked", chunked.why_not, _dispatch.no_reason),
+    ("reference", _dispatch.no_reason, _dispatch.no_reason),
+):
+    _dispatch.register("linear_logprob", _name, _RUN[_name], _why_not, _why_not_auto)

@@ -31,7 +31,7 @@ from stepdpo_kernels.ops.linear_logprob.triton_kernel import Problem, add_produc
 
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 32 * 1024 * 1024  # of float32 logits that backward computes again: they stay in the L2 cache
-BLOCK = 4096  # logits of a row at a time
+BLOCK = 2048  # logits of a row at a time
 NUM_WARPS = 8
 
 
@@ -134,7 +134,8 @@ def _rows(
     _row_kernel[(logits.shape[0],)](
         logits, q, p.bias, p.target[rows], logp[rows], stats[:, rows], logits.shape[1], first,
         logits.stride(0), q.stride(0), stats.stride(0), p.scale, p.softcap or 0.0,
-        BLOCK=BLOCK, BIAS=p.bias is not None, SOFTCAP=p.softcap is not None, num_warps=NUM_WARPS, **what,
+        BLOCK=BLOCK, BIAS=p.bias is not None, SOFTCAP=p.softcap is not None, **what,
+        num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -1,0 +1,180 @@
+"""Compiles for GPUs that are not here every Triton kernel that the launchers launch, and checks the code.
+
+    python -m tests.compiled_kernels [--only CASE ...] [--break WHAT]
+
+The launchers run as they do on a GPU, up to the launch: Triton's own specialisation decides what is compiled. Prints a
+line of JSON for each kernel and target and ends with status 1 if any of them spills, does not fit, or does its products
+without tensor cores. Not under Triton's interpreter: a kernel is interpreted or compiled for the life of a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from stepdpo_kernels.ops.linear_logprob import triton_chunked, triton_kernel
+from stepdpo_kernels.ops.linear_logprob.triton_kernel import Config, Problem
+
+# target of triton_kernel -> what Triton calls it, its shared memory in bytes, its matrix instruction
+TARGETS = {
+    ("cuda", 80): (GPUTarget("cuda", 80, 32), 163 * 1024, "mma.sync"),
+    ("cuda", 90): (GPUTarget("cuda", 90, 32), 227 * 1024, "wgmma.mma_async"),
+    ("cuda", 100): (GPUTarget("cuda", 100, 32), 227 * 1024, "tcgen05.mma"),
+    ("hip", 0): (GPUTarget("hip", "gfx942", 64), 64 * 1024, "v_mfma"),
+}
+
+
+class Offline:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.target)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target][0]
+
+
+@contextmanager
+def launches(target: tuple[str, int]) -> Iterator[list[tuple[str, Any]]]:
+    """Within this context a launch compiles its kernel for `target` and no more; gives names and compiled kernels."""
+    compiled: list[tuple[str, Any]] = []
+    run, target_of, processors = JITFunction.run, triton_kernel.target_of, triton_kernel.processors
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled.append((self.__name__, run(self, *args, grid=grid, warmup=True, **options)))
+
+    driver.set_active(Offline(target))
+    JITFunction.run = compile_only
+    triton_kernel.target_of = lambda device: target
+    triton_kernel.processors = lambda device: 100
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, triton_kernel.target_of, triton_kernel.processors = run, target_of, processors
+
+
+def head(dtype: torch.dtype, size: int, bias: bool, softcap: bool) -> None:
+    """Forward and backward of both heads; an odd size keeps rows from beginning at multiples of 16 bytes."""
+    rows, vocabulary = 1024, 512
+    hidden, weight = torch.zeros(rows, size, dtype=dtype), torch.zeros(vocabulary, size, dtype=dtype)
+    options = (torch.zeros(vocabulary, dtype=dtype) if bias else None, 30.0 if softcap else None, None)
+    problem = (hidden, weight, torch.zeros(rows, dtype=torch.int64), *options)
+    _, stats = triton_kernel.forward(Problem(*problem))
+    grad = torch.zeros(rows)
+    triton_kernel.backward(Problem(*problem), grad, stats, True, True, bias)
+    *_, kept = triton_chunked._forward._init_fn(*problem, True, True)
+    for q in (kept, kept[: rows // 2]):
+        triton_chunked._weight_gradients._init_fn(grad, stats, q, *problem, True, bias)
+    triton_chunked._forward._init_fn(*problem, False, False)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    sixteen, thirty_two = (torch.bfloat16, torch.float16), (torch.float32,)
+    for dtype, size, bias, softcap in itertools.product(sixteen + thirty_two, (128, 67), (False, True), (False, True)):
+        name = f"head-{str(dtype).removeprefix('torch.')}-{size}{'-bias' * bias}{'-softcap' * softcap}"
+        yield name, lambda dtype=dtype, size=size, bias=bias, softcap=softcap: head(dtype, size, bias, softcap)
+
+
+def resources(kernel: Any, target: tuple[str, int]) -> dict[str, Any]:
+    """shared (bytes), registers, spilled (bytes, or registers on AMD), and how many matrix instructions there are."""
+    instruction = TARGETS[target][2]
+    if target[0] == "hip":
+        assembly = kernel.asm["amdgcn"]
+        numbers = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|[sv]gpr_spill_count):\s+(\d+)", assembly)}
+        spilled = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+        registers, matrix = numbers["vgpr_count"], assembly.count(instruction)
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+            command = [str(tool), "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        numbers = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        spilled = numbers["STACK"] + numbers["LOCAL"]
+        registers, matrix = numbers["REG"], kernel.asm["ptx"].count(instruction)
+    return {"shared": kernel.metadata.shared, "registers": registers, "spilled": spilled, "matrix": matrix}
+
+
+def faults(kernel: Any, target: tuple[str, int], found: dict[str, Any], wide: bool) -> list[str]:
+    """`wide`: of float32, whose products are exact and need no tensor cores."""
+    wrong = []
+    if found["spilled"]:
+        wrong.append(f"spills {found['spilled']}")
+    if found["shared"] > TARGETS[target][1]:
+        wrong.append(f"needs {found['shared']} bytes of shared memory of {TARGETS[target][1]}")
+    if "tt.dot" in kernel.asm["ttir"] and not found["matrix"] and not wide:
+        wrong.append(f"multiplies without {TARGETS[target][2]}")
+    return wrong
+
+
+def break_something(what: str) -> None:
+    """Makes this check fail, which shows that it can."""
+    for key in triton_kernel.CONFIGS:
+        if what == "registers":
+            triton_kernel.CONFIGS[key] = Config(128, 256, 32, 4, 2)
+        elif what == "shared memory":
+            triton_kernel.CONFIGS[key] = Config(128, 128, 128, 8, 5)
+        elif what == "tensor cores":
+            triton_kernel.CONFIGS[key] = Config(128, 128, 64, 8, 4)
+    if what == "tensor cores":  # as if products were of float32
+        triton_kernel.INTERPRETED = True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--break", dest="what", choices=["registers", "shared memory", "tensor cores"])
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name begins with one of these")
+    arguments = parser.parse_args()
+    if arguments.what:
+        break_something(arguments.what)
+    seen: set[str] = set()
+    failed = False
+    for target in TARGETS:
+        with launches(target) as compiled:
+            for case, launch in cases():
+                if not case.startswith(tuple(arguments.only)):
+                    continue
+                compiled.clear()
+                try:
+                    launch()
+                except triton.runtime.errors.OutOfResources as error:
+                    compiled.clear()
+                    failed = True
+                    print(json.dumps({"target": target, "case": case, "faults": [str(error)]}), flush=True)
+                for name, kernel in compiled:
+                    if kernel.hash in seen:
+                        continue
+                    seen.add(kernel.hash)
+                    found = resources(kernel, target)
+                    wrong = faults(kernel, target, found, wide="float32" in case)
+                    failed |= bool(wrong)
+                    line = {"target": target, "case": case, "kernel": name, **found, "faults": wrong}
+                    print(json.dumps(line), flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

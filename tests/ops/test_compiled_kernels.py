@@ -1,0 +1,65 @@
+"""Triton kernels compile for every target, fit, spill nothing and use tensor cores: see tests/compiled_kernels.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def compile_kernels(*arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    """Status and lines of a process of its own: this one interprets its kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compiled_kernels", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(status: int, lines: list[dict[str, Any]]) -> None:
+    assert [line for line in lines if line["faults"]] == []
+    assert status == 0
+    assert {tuple(line["target"]) for line in lines} == {("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", 0)}
+
+
+def test_the_usual_kernels() -> None:
+    cases = ["head-bfloat16-128", "head-float32-67-bias-softcap", "pair"]
+    status, lines = compile_kernels("--only", *cases)
+    check(status, lines)
+    assert {line["kernel"] for line in lines} >= {"_forward_kernel", "_q_kernel", "_row_kernel"}
+    products = [line for line in lines if line["kernel"] == "_q_kernel" and "bfloat16" in line["case"]]
+    assert products
+    assert all(line["matrix"] for line in products)
+
+
+@pytest.mark.slow
+def test_all_kernels() -> None:
+    status, lines = compile_kernels()
+    check(status, lines)
+    assert {line["case"].split("-")[1] for line in lines if line["case"].startswith("head")} == {
+        "bfloat16",
+        "float16",
+        "float32",
+    }
+
+
+@pytest.mark.parametrize(
+    ("what", "fault"),
+    [
+        ("registers", "spills"),
+        ("shared memory", "bytes of shared memory"),
+        ("tensor cores", "multiplies without"),
+    ],
+)
+def test_a_broken_kernel_is_found(what: str, fault: str) -> None:
+    status, lines = compile_kernels("--only", "head-bfloat16-128-bias-softcap", "--break", what)
+    assert status == 1
+    assert any(fault in text for line in lines for text in line["faults"])
