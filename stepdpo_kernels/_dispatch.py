@@ -47,7 +47,7 @@ _implementations: dict[str, dict[str, Implementation]] = {}
 _chosen_in_context: ContextVar[dict[str, str]] = ContextVar("stepdpo_impl", default={})  # noqa: B039 (never mutated)
 
 
-def _no_reason(inputs: dict[str, Any]) -> list[str]:
+def no_reason(inputs: dict[str, Any]) -> list[str]:
     return []
 
 
@@ -56,7 +56,7 @@ def register(
     name: str,
     run: Callable[..., Any],
     why_not: Callable[[dict[str, Any]], list[str]],
-    why_not_auto: Callable[[dict[str, Any]], list[str]] = _no_reason,
+    why_not_auto: Callable[[dict[str, Any]], list[str]] = no_reason,
 ) -> None:
     """Adds an implementation of `op`; `why_not_auto` gives reasons that do not count when it is asked for by name."""
     if name not in PREFERENCE:
