@@ -8,6 +8,8 @@ float32 weights with bfloat16 compute (or bfloat16 weights, --dtype), AdamW, wit
 from __future__ import annotations
 
 import argparse
+import tempfile
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,8 +25,33 @@ PROVIDERS: dict[str, dict[str, Any]] = {
 DEFAULT_PROVIDERS = ("ours-tree", "ours-pair", "ours-none", "trl")
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("step").add_argument
+    add("--model", help="folder, GGUF file or hub id of a causal language model; without it, random weights")
+    add("--data", help="step pairs in the released schema (JSONL); goes with --model")
+    add("--providers", nargs="+", choices=sorted(PROVIDERS), default=list(DEFAULT_PROVIDERS))
+    add("--pairs-per-step", type=int, default=8, help="pairs of an optimiser step")
+    add("--steps", type=int, default=5, help="optimiser steps of each run; the first is warm-up")
+    add("--repeats", type=int, default=3, help="rounds over all providers, interleaved")
+    add("--max-tokens", type=int, default=2048, help="our token budget of a forward pass")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="weights in memory")
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Measures, prints a table of medians and writes every run as a row."""
+    if (arguments.model is None) != (arguments.data is None):
+        raise SystemExit("--model and --data go together")
+    if arguments.model is not None:
+        measure(arguments)
+        return
+    from benchmarks.workload import synthetic  # transformers takes seconds to import, and --help should not
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.model, arguments.data = synthetic(Path(folder))
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
     shared = {
         name: getattr(arguments, name)
         for name in ("model", "data", "pairs_per_step", "steps", "max_tokens", "dtype", "threads")
