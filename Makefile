@@ -3,7 +3,7 @@
 #     make demo    train a small model from scratch on its own mistakes and show what came of it
 #     make test    the tests that take seconds
 #     make slow    the tests that take minutes
-#     make kernels compile every Triton kernel for every GPU, with the Triton of TRITON= if that is given
+#     make kernels  every Triton kernel compiled for every GPU, and interpreted; TRITON=3.6.0 asks for that version
 #     make lint    style, types, layers
 #     make bench   the benchmarks
 #     make gpu     the tests that need a GPU, then the benchmarks
@@ -31,10 +31,12 @@ test: $(ENV)
 slow: $(ENV)
 	$(PY) -m pytest -m "slow and not gpu"
 
-# No GPU needed. TRITON=3.6.0 puts that version beside the environment, not into it.
+# No GPU needed. TRITON=3.6.0 puts that version beside the environment, not into it, with the NumPy of its time.
+KERNELS_PATH = $(if $(TRITON),PYTHONPATH=.cache/triton-$(TRITON))
 kernels: $(ENV)
-	$(if $(TRITON),$(PIP) install --quiet --no-deps --target .cache/triton-$(TRITON) triton==$(TRITON))
-	$(if $(TRITON),PYTHONPATH=.cache/triton-$(TRITON)) $(PY) -m tests.compiled_kernels
+	$(if $(TRITON),$(PIP) install --quiet --no-deps --target .cache/triton-$(TRITON) triton==$(TRITON) 'numpy<2.4')
+	$(KERNELS_PATH) $(PY) -m tests.compiled_kernels
+	$(KERNELS_PATH) $(PY) -m pytest tests/ops/test_triton_head.py
 
 lint: $(ENV)
 	$(PY) -m ruff check

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from stepdpo_kernels import _dispatch
-from stepdpo_kernels.ops.linear_logprob import chunked, cpu_kernel, reference
+from stepdpo_kernels.ops.linear_logprob import chunked, cpu_kernel, parallel, reference
 
 
 class _Kind(NamedTuple):
@@ -28,6 +29,8 @@ def linear_logprob(
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,
     logit_scale: float | None = None,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (R,) float32
     """Log-probability of each row's target token under softmax(hidden @ weight.T), for any upstream gradient.
@@ -43,6 +46,9 @@ def linear_logprob(
         bias: (V,), optional.
         softcap: cap on the logits' magnitude (Gemma 2), positive.
         logit_scale: factor on the logits (Cohere; the inverse of Granite's divisor).
+        group, vocab_start: for a vocabulary sharded over the processes of `group` (tensor parallel): weight and bias
+            are this one's rows from vocab_start on; hidden and target are the same everywhere, and so is the
+            result. A weight that is a DTensor sharded by rows says both itself; hidden is then a replicated DTensor.
         impl: "auto", or the name of an implementation, which then raises rather than falls back.
 
     Returns:
@@ -53,18 +59,24 @@ def linear_logprob(
             device-side assertion, to spare a synchronisation; under torch.compile a RuntimeError), or an `impl`
             that cannot take the inputs.
     """
-    _check(hidden, weight, target, bias, softcap, logit_scale)
+    if parallel.is_distributed(weight):
+        hidden, weight, bias, group, vocab_start = parallel.localize(hidden, weight, bias)
+    if (group is None) != (vocab_start is None):
+        raise ValueError("group and vocab_start go together: the processes, and where this one's rows begin")
+    _check(hidden, weight, target, bias, softcap, logit_scale, sharded=group is not None)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one, or use torch.autocast")
-    name = _choose(impl, hidden.device, hidden.dtype, None if bias is None else bias.dtype)
+    name = _choose(impl, hidden.device, hidden.dtype, None if bias is None else bias.dtype, group is not None)
     if not hidden.shape[0]:
         # No rows: nothing to compute, but the (zero) gradient still flows.
         nothing = hidden.sum() + weight[:0].sum() + (0 if bias is None else bias[:0].sum())
         return nothing.to(torch.promote_types(hidden.dtype, torch.float32)).expand(0)
     with torch.autocast(hidden.device.type, enabled=False):
+        if group is not None and vocab_start is not None:
+            return parallel.linear_logprob(name, hidden, weight, target, bias, softcap, logit_scale, group, vocab_start)
         return _RUN[name](hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale)
 
 
@@ -75,6 +87,7 @@ def _check(
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float | None,
+    sharded: bool,
 ) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -98,6 +111,8 @@ def _check(
         raise ValueError(f"softcap must be positive, got {softcap}")
     if logit_scale is not None and not abs(logit_scale) < float("inf"):
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
+    if sharded:
+        return  # who has which tokens is seen when the processes meet
     in_range = ((target >= 0) & (target < vocabulary)).all()
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         if not in_range:
@@ -107,12 +122,13 @@ def _check(
         torch._assert_async(in_range, "a target lies outside the vocabulary")
 
 
-def _choose(impl: str, device: torch.device, dtype: torch.dtype, bias_dtype: torch.dtype | None) -> str:
+def _choose(impl: str, device: torch.device, dtype: torch.dtype, bias_dtype: torch.dtype | None, sharded: bool) -> str:
     """The implementation's name; torch.compile asks once, when it traces."""
     inputs = {
         "hidden": _Kind(device, dtype),
         "weight": _Kind(device, dtype),
         "bias": None if bias_dtype is None else _Kind(device, bias_dtype),
+        "sharded": sharded,
     }
     return _dispatch.choose("linear_logprob", impl, inputs).name
 
@@ -149,6 +165,15 @@ def _triton_why_not_auto(inputs: dict[str, Any]) -> list[str]:
     return ["Triton's interpreter is for tests"] if inputs["hidden"].device.type == "cpu" else []
 
 
+def _whole(why_not: Callable[[dict[str, Any]], list[str]]) -> Callable[[dict[str, Any]], list[str]]:
+    """`why_not` of an implementation that takes no part of a vocabulary."""
+
+    def with_shards(inputs: dict[str, Any]) -> list[str]:
+        return why_not(inputs) + (["it takes no sharded vocabulary"] if inputs.get("sharded") else [])
+
+    return with_shards
+
+
 _RUN: dict[str, Callable[..., Tensor]] = {
     "triton_chunked": _triton_chunked,
     "triton_fused": _triton_fused,
@@ -157,10 +182,10 @@ _RUN: dict[str, Callable[..., Tensor]] = {
     "reference": reference.linear_logprob,
 }
 for _name, _why_not, _why_not_auto in (
-    ("triton_chunked", _triton_why_not, _triton_why_not_auto),
+    ("triton_chunked", _whole(_triton_why_not), _triton_why_not_auto),
     ("triton_fused", _triton_why_not, _triton_why_not_auto),
-    ("cpu", cpu_kernel.why_not, _dispatch.no_reason),
+    ("cpu", _whole(cpu_kernel.why_not), _dispatch.no_reason),
     ("chunked", chunked.why_not, _dispatch.no_reason),
-    ("reference", _dispatch.no_reason, _dispatch.no_reason),
+    ("reference", _whole(_dispatch.no_reason), _dispatch.no_reason),
 ):
     _dispatch.register("linear_logprob", _name, _RUN[_name], _why_not, _why_not_auto)

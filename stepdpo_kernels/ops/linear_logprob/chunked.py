@@ -47,6 +47,85 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
     return logits
 
 
+def partials(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (R,)
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    logit_scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: the largest logit, the sum of exp relative to it, the target's logit; (R,) in at least float32.
+
+    A target outside 0..V-1 has logit 0 here: it is somebody else's where the vocabulary is sharded.
+    """
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    tops = hidden.new_empty(hidden.shape[0], dtype=compute)
+    totals = torch.empty_like(tops)
+    hits = torch.zeros_like(tops)
+    for rows in _row_chunks(hidden.shape[0], compute.itemsize):
+        x = hidden[rows].to(compute)
+        top = tops.new_full((x.shape[0],), torch.finfo(compute).min)  # finite also where every logit so far is -inf
+        total = torch.zeros_like(top)
+        for cols in _column_chunks(weight.shape[0], max(x.shape), compute.itemsize):
+            z = _logits(x, weight[cols], None if bias is None else bias[cols], softcap, logit_scale)
+            inside, local = _target_in(target[rows], cols)
+            hit = z.gather(1, local[:, None])[:, 0]
+            hits[rows] = torch.where(inside, hit, hits[rows])
+            new_top = torch.maximum(top, z.amax(dim=1))
+            chunk_sum = z.sub_(new_top[:, None]).exp_().sum(dim=1)
+            total = total * torch.exp(top - new_top) + chunk_sum
+            top = new_top
+        tops[rows], totals[rows] = top, total
+    return tops, totals, hits
+
+
+def gradients(
+    grad: Tensor,  # (R,)
+    lse: Tensor,  # (R,) over the whole vocabulary
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX (R, D) and db (V,) in at least float32, dW (V, D) in the dtype of weight; None for what nobody needs."""
+    compute, stored = lse.dtype, hidden.dtype
+    d_hidden = torch.zeros(hidden.shape, dtype=compute, device=hidden.device) if need_hidden else None
+    row_chunks = list(_row_chunks(hidden.shape[0], compute.itemsize))
+    # With one chunk of rows each slice of dW is written once; with more it is a sum and needs float32.
+    d_weight = torch.zeros_like(weight, dtype=compute if len(row_chunks) > 1 else stored) if need_weight else None
+    d_bias = torch.zeros(weight.shape[0], dtype=compute, device=weight.device) if need_bias else None
+    for rows in row_chunks:
+        x = hidden[rows].to(compute)
+        g = grad[rows].to(compute)[:, None]  # (R, 1)
+        gx = (g * x).to(stored) if need_weight else None
+        for cols in _column_chunks(weight.shape[0], max(x.shape), compute.itemsize):
+            z = _logits(x, weight[cols], None if bias is None else bias[cols], softcap, logit_scale)
+            slope = None if softcap is None else 1 - (z / softcap).square_()
+            inside, local = _target_in(target[rows], cols)
+            q = z.sub_(lse[rows, None]).exp_().neg_()
+            q.scatter_add_(1, local[:, None], inside[:, None].to(compute))
+            if slope is not None:
+                q *= slope
+            if logit_scale is not None:
+                q *= logit_scale
+            if d_bias is not None:
+                d_bias[cols] += (g * q).sum(dim=0)
+            q = q.to(stored)
+            if d_hidden is not None:
+                d_hidden[rows] += torch.mm(q, weight[cols])
+            if d_weight is not None and gx is not None:
+                d_weight[cols] += torch.mm(q.T, gx)
+        if d_hidden is not None:
+            d_hidden[rows] *= g
+    return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), d_bias
+
+
 class _ChunkedLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -58,73 +137,25 @@ class _ChunkedLogprob(torch.autograd.Function):
         softcap: float | None,
         logit_scale: float | None,
     ) -> Tensor:  # (R,)
-        compute = torch.promote_types(hidden.dtype, torch.float32)
-        lse = hidden.new_empty(hidden.shape[0], dtype=compute)
-        target_logit = torch.empty_like(lse)
-        for rows in _row_chunks(hidden.shape[0], compute.itemsize):
-            x = hidden[rows].to(compute)
-            top = lse.new_full((x.shape[0],), -torch.inf)
-            total = torch.zeros_like(top)
-            for cols in _column_chunks(weight.shape[0], max(x.shape), compute.itemsize):
-                z = _logits(x, weight[cols], None if bias is None else bias[cols], softcap, logit_scale)
-                inside, local = _target_in(target[rows], cols)
-                hit = z.gather(1, local[:, None])[:, 0]
-                target_logit[rows] = torch.where(inside, hit, target_logit[rows])
-                # finite also where every logit so far is -inf
-                new_top = torch.maximum(top, z.amax(dim=1)).clamp_(min=torch.finfo(compute).min)
-                chunk_sum = z.sub_(new_top[:, None]).exp_().sum(dim=1)
-                total = total * torch.exp(top - new_top) + chunk_sum
-                top = new_top
-            lse[rows] = top + torch.log(total)
+        top, total, hit = partials(hidden, weight, target, bias, softcap, logit_scale)
+        lse = top + torch.log(total)
         ctx.save_for_backward(hidden, weight, target, bias, lse)
         ctx.softcap, ctx.logit_scale = softcap, logit_scale
-        return target_logit - lse
+        return hit - lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):
-            return _ChunkedLogprob._gradients(ctx, grad)
-
-    @staticmethod
-    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, target, bias, lse = ctx.saved_tensors
-        softcap, scale = ctx.softcap, ctx.logit_scale
         need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-        compute, stored = lse.dtype, hidden.dtype
-        d_hidden = torch.zeros(hidden.shape, dtype=compute, device=hidden.device) if need_hidden else None
-        row_chunks = list(_row_chunks(hidden.shape[0], compute.itemsize))
-        # With one chunk of rows each slice of dW is written once; with more it is a sum and needs float32.
-        d_weight = torch.zeros_like(weight, dtype=compute if len(row_chunks) > 1 else stored) if need_weight else None
-        d_bias = torch.zeros(bias.shape, dtype=compute, device=bias.device) if need_bias else None
-        for rows in row_chunks:
-            x = hidden[rows].to(compute)
-            g = grad[rows].to(compute)[:, None]  # (R, 1)
-            gx = (g * x).to(stored) if need_weight else None
-            for cols in _column_chunks(weight.shape[0], max(x.shape), compute.itemsize):
-                z = _logits(x, weight[cols], None if bias is None else bias[cols], softcap, scale)
-                slope = None if softcap is None else 1 - (z / softcap).square_()
-                inside, local = _target_in(target[rows], cols)
-                q = z.sub_(lse[rows, None]).exp_().neg_()
-                q.scatter_add_(1, local[:, None], inside[:, None].to(compute))
-                if slope is not None:
-                    q *= slope
-                if scale is not None:
-                    q *= scale
-                if d_bias is not None:
-                    d_bias[cols] += (g * q).sum(dim=0)
-                q = q.to(stored)
-                if d_hidden is not None:
-                    d_hidden[rows] += torch.mm(q, weight[cols])
-                if d_weight is not None and gx is not None:
-                    d_weight[cols] += torch.mm(q.T, gx)
-            if d_hidden is not None:
-                d_hidden[rows] *= g
+        problem = (hidden, weight, target, bias, ctx.softcap, ctx.logit_scale)
+        with torch.autocast(grad.device.type, enabled=False):
+            dx, dw, db = gradients(grad, lse, *problem, need_hidden, need_weight, need_bias)
         return (
-            None if d_hidden is None else d_hidden.to(stored),
-            None if d_weight is None else d_weight.to(weight.dtype),
+            None if dx is None else dx.to(hidden.dtype),
+            dw,
             None,
-            None if d_bias is None else d_bias.to(bias.dtype),
+            None if db is None else db.to(bias.dtype),
             None,
             None,
         )

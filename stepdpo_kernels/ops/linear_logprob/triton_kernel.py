@@ -335,8 +335,8 @@ class Problem:
         }
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Log-probs (R,), and (2, R) for backward: maximum logit, log of the sum of exp relative to it; float32."""
+def parts_of(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: the largest logit, the sum of exp relative to it, the target's logit; (R,) float32."""
     p = problem
     tiles = triton.cdiv(p.vocabulary, p.config.block_columns)
     wanted = max(1, min(tiles, triton.cdiv(WAVES * processors(p.x.device), p.row_blocks)))
@@ -348,10 +348,16 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         p.rows, p.vocabulary, p.hidden_size, p.x.stride(0), p.w.stride(0), tiles_of_part,
         p.scale, p.softcap or 0.0, **p.constants(tma),
     )  # fmt: skip
-    tops, sums, hits = parts  # (parts, R) each
+    tops, totals, hits = parts  # (parts, R) each
     top = tops.amax(dim=0)
-    log_sum = (sums * (tops - top).exp_()).sum(dim=0).log_()
-    return (hits.sum(dim=0) - top).sub_(log_sum), torch.stack([top, log_sum])
+    return top, (totals * (tops - top).exp_()).sum(dim=0), hits.sum(dim=0)
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Log-probs (R,), and (2, R) for backward: maximum logit, log of the sum of exp relative to it; float32."""
+    top, total, hit = parts_of(problem)
+    log_sum = total.log_()
+    return (hit - top).sub_(log_sum), torch.stack([top, log_sum])
 
 
 def backward(
@@ -362,7 +368,7 @@ def backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX (R, D) and dW (V, D) in the dtype of the inputs, db (V,) float32; None for what nobody needs."""
+    """dX (R, D) and db (V,) in float32, dW (V, D) in the dtype of the inputs; None for what nobody needs."""
     p = problem
     x, w, tma = p.matrices()
     dtype, device, block = p.x.dtype, p.x.device, p.config.block_columns
@@ -388,8 +394,40 @@ def backward(
             torch.mm(q.T, gx, out=d_weight[start:stop])
         if d_bias is not None:
             torch.sum(db, dim=0, out=d_bias[start:stop])
-    d_hidden = None if d_hidden is None else d_hidden.mul_(grad[:, None]).to(dtype)
+    if d_hidden is not None:
+        d_hidden *= grad[:, None]
     return d_hidden, d_weight, d_bias
+
+
+def partials(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `chunked.partials`."""
+    target = torch.where((target >= 0) & (target < weight.shape[0]), target, -1)  # no column's number
+    return parts_of(Problem(hidden, weight, target, bias, softcap, logit_scale))
+
+
+def gradients(
+    grad: Tensor,
+    lse: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `chunked.gradients`."""
+    problem = Problem(hidden, weight, target, bias, softcap, logit_scale)
+    return backward(problem, grad, torch.stack([lse, torch.zeros_like(lse)]), need_hidden, need_weight, need_bias)
 
 
 def scaled(x: Tensor, grad: Tensor) -> Tensor:
@@ -450,9 +488,13 @@ def _fused_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem(hidden, weight, target, bias, softcap, logit_scale)
-    gradients = backward(problem, grad, stats, need_hidden, need_weight, need_bias)
-    shapes = ((0, hidden.shape[1]), (0, hidden.shape[1]), (0,))
-    return tuple(g if g is not None else hidden.new_empty(s) for g, s in zip(gradients, shapes, strict=True))  # type: ignore[return-value]
+    dx, dw, db = backward(problem, grad, stats, need_hidden, need_weight, need_bias)
+    nothing = hidden.new_empty(0, hidden.shape[1])
+    return (
+        nothing if dx is None else dx.to(hidden.dtype),
+        nothing.clone() if dw is None else dw,
+        hidden.new_empty(0) if db is None else db,
+    )
 
 
 @_fused_backward.register_fake
