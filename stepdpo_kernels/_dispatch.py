@@ -41,6 +41,7 @@ class Implementation:
 # Where each operation registers its implementations; imported when a name is looked up.
 _HOMES = {
     "linear_logprob": "stepdpo_kernels.ops.linear_logprob.api",
+    "pair_loss": "stepdpo_kernels.ops.pair_loss.api",
     "tree_attention": "stepdpo_kernels.ops.tree_attention.api",
 }
 _implementations: dict[str, dict[str, Implementation]] = {}

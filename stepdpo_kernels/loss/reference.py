@@ -1,4 +1,4 @@
-"""The paper's formula (arXiv 2406.18629, equation 2) from full logits: the twin of `StepDPOLoss.forward`."""
+"""The formulas of the papers from full logits: the twin of `StepDPOLoss.forward`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,50 @@ from torch import Tensor
 def step_dpo_loss(
     logits: Tensor,  # (2P, L, V)
     labels: Tensor,  # (2P, L)
-    ref_logps: Tensor,  # (2P,)
+    ref_logps: Tensor | None = None,  # (2P,)
     *,
     beta: float = 0.4,
+    loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
+    rpo_alpha: float = 0.0,
+    simpo_gamma: float = 0.5,
     weights: Tensor | None = None,  # (P,)
+    betas: Tensor | None = None,  # (P,)
+    offsets: Tensor | None = None,  # (P,)
+    token_weights: Tensor | None = None,  # (2P, L)
 ) -> Tensor:
-    """Mean loss over pairs, chosen branches first; labels are shifted, -100 where no loss."""
-    keep = labels != -100
+    """Mean loss over pairs, chosen branches first; labels are shifted, -100 where no loss.
+
+    One equation for each type, as its paper has it (Step-DPO's is equation 2 of arXiv 2406.18629); `pair_losses.py`
+    names the others. No ref_logps: their log-ratios count as 0.
+    """
+    keep = (labels != -100).to(logits.dtype)
+    if token_weights is not None:
+        keep = keep * token_weights
     token_logps = torch.log_softmax(logits, dim=-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
-    logps = (token_logps * keep).sum(dim=1)
-    chosen, rejected = (logps - ref_logps).chunk(2)
-    margins = beta * (chosen - rejected)
-    losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+    logps, lengths = (token_logps * keep).sum(dim=1), keep.sum(dim=1)
+    if ref_logps is None:
+        ref_logps = torch.zeros_like(logps)
+    win, lose = (logps - ref_logps).chunk(2)
+    tokens_win, tokens_lose = (torch.where(lengths > 0, lengths, 1.0)).chunk(2)
+    beta_p = torch.full_like(win, beta) if betas is None else betas
+    offset = torch.zeros_like(win) if offsets is None else offsets
+    e = label_smoothing
+    if loss_type == "sigmoid":
+        x = beta_p * (win - lose) - offset
+        losses = -(1 - e) * F.logsigmoid(x) - e * F.logsigmoid(-x)
+    elif loss_type == "robust":
+        x = beta_p * (win - lose) - offset
+        losses = (-(1 - e) * F.logsigmoid(x) + e * F.logsigmoid(-x)) / (1 - 2 * e)
+    elif loss_type == "hinge":
+        losses = torch.clamp(1 - (beta_p * (win - lose) - offset), min=0)
+    elif loss_type == "ipo":
+        losses = (win / tokens_win - lose / tokens_lose - 1 / (2 * beta_p)) ** 2
+    elif loss_type == "simpo":
+        policy_win, policy_lose = logps.chunk(2)
+        x = beta_p / tokens_win * policy_win - beta_p / tokens_lose * policy_lose - simpo_gamma - offset
+        losses = -(1 - e) * F.logsigmoid(x) - e * F.logsigmoid(-x)
+    else:
+        raise ValueError(f"no loss_type {loss_type!r}")
+    losses = losses - rpo_alpha * logps.chunk(2)[0] / tokens_win
     return (losses if weights is None else weights * losses).mean()

@@ -1,9 +1,9 @@
-"""The Step-DPO loss on branch log-probs (Lai et al. 2024, arXiv 2406.18629, equation 2).
+"""The Step-DPO loss on branch log-probs (Lai et al. 2024, arXiv 2406.18629, equation 2) and its relatives.
 
     h = (log pi(s_win | c) - log ref(s_win | c)) - (log pi(s_lose | c) - log ref(s_lose | c))
     loss = -log sigmoid(beta * h)
 
-with label smoothing e (conservative DPO, Mitchell 2023): -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h).
+What other types of loss make of h stands in pair_losses.py beside this file.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepdpo_kernels.loss.pair_losses import (
+    LENGTH_NORMALISED,
+    REFERENCE_FREE,
+    check_options,
+    pair_losses,
+    per_token,
+)
 from stepdpo_kernels.ops.linear_logprob import linear_logprob
+from stepdpo_kernels.ops.pair_loss import PairLoss, pair_loss
 from stepdpo_kernels.ops.ragged import gather_rows, sum_rows
 from stepdpo_kernels.types import PackedBatch
-
-LOSS_TYPES = ("sigmoid",)
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,9 @@ class StepDPOOutput:
     """What a call of StepDPOLoss gives. All but `loss` are detached, (P,) float32, for metrics.
 
     loss:                              scalar, the only part that carries a gradient
-    chosen_logps, rejected_logps:      log-probs of the two steps under the policy, nats
-    chosen_rewards, rejected_rewards:  beta * (policy - reference) log-ratio
+    chosen_logps, rejected_logps:      log-probs of the two steps under the policy, nats; with token weights the
+                                       weighted sums
+    chosen_rewards, rejected_rewards:  beta * (policy - reference) log-ratio; of length-normalised losses per token
     margins:                           chosen_rewards - rejected_rewards
     accuracy:                          1.0 where the margin is positive, else 0.0
     """
@@ -45,14 +51,20 @@ class StepDPOLoss(nn.Module):
     """Step-DPO from hidden states and the head's weight; the logits are never held in full.
 
     Args:
-        beta: strength of the pull towards the reference; the paper uses 0.4 and 0.5.
-        loss_type: "sigmoid".
-        label_smoothing: probability that a preference is the wrong way round, in [0, 0.5).
-        reference_free: leave the reference out (its log-ratios count as 0).
+        beta: strength of the pull towards the reference; the paper uses 0.4 and 0.5. Of "ipo" it is tau.
+        loss_type: "sigmoid" (Step-DPO), "robust", "hinge", "ipo" or "simpo"; pair_losses.py has equations and sources.
+        label_smoothing: probability that a preference is the wrong way round, in [0, 0.5). With "sigmoid" and "simpo"
+            conservative; "robust" needs it; "hinge" and "ipo" have no place for it.
+        reference_free: leave the reference out (its log-ratios count as 0). "simpo" always does.
         softcap, logit_scale: as in `linear_logprob`, for models that transform their logits.
         impl: implementation of `linear_logprob`.
+        rpo_alpha: weight of an added negative log-likelihood of the chosen step per token (RPO, Pang et al. 2024,
+            arXiv 2404.19733, equation 1), multiplied by the pair's weight like the rest.
+        simpo_gamma: target margin of "simpo" in units of reward; 0.5 unless given, and for no other loss.
 
-    Raises ValueError for values outside these ranges.
+    An empty branch has a log-prob of 0, in sums and per token; a pair of two has a margin of 0 and no gradient.
+
+    Raises ValueError for values outside these ranges and for an option that the loss has no place for.
     """
 
     def __init__(
@@ -64,17 +76,16 @@ class StepDPOLoss(nn.Module):
         softcap: float | None = None,
         logit_scale: float | None = None,
         impl: str = "auto",
+        *,
+        rpo_alpha: float = 0.0,
+        simpo_gamma: float | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < beta < float("inf"):
-            raise ValueError(f"beta must be positive and finite, got {beta}")
-        if loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
-        if not 0 <= label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+        check_options(beta, loss_type, label_smoothing, rpo_alpha, simpo_gamma)
         self.beta, self.loss_type, self.label_smoothing = beta, loss_type, label_smoothing
-        self.reference_free = reference_free
+        self.reference_free = reference_free or loss_type in REFERENCE_FREE
         self.softcap, self.logit_scale, self.impl = softcap, logit_scale, impl
+        self.rpo_alpha, self.simpo_gamma = rpo_alpha, simpo_gamma
 
     def forward(
         self,
@@ -85,6 +96,10 @@ class StepDPOLoss(nn.Module):
         *,
         bias: Tensor | None = None,
         num_pairs: float | None = None,
+        weights: Tensor | None = None,  # (P,)
+        betas: Tensor | None = None,  # (P,)
+        offsets: Tensor | None = None,  # (P,)
+        token_weights: Tensor | None = None,  # (2P, L)
     ) -> StepDPOOutput:
         """Loss of padded branches, the chosen first, then the rejected.
 
@@ -92,21 +107,36 @@ class StepDPOLoss(nn.Module):
             hidden: (2P, L, D) final hidden states, inputs of the head.
             weight: (V, D) of the head. A weight or hidden that needs no gradient costs none.
             labels: (2P, L) int64, already shifted: labels[:, t] is what hidden[:, t] predicts, -100 where no loss.
-            ref_logps: (2P,) sums of the reference's log-probs over the same labels; None only with reference_free.
+            ref_logps: (2P,) sums of the reference's log-probs over the same labels; None only without a reference.
             bias: (V,) of the head.
             num_pairs: what to divide the summed loss by instead of P, so that parts of a batch add up.
+            weights: (P,) factors on the pairs' losses; 1 unless given.
+            betas: (P,) positive, each pair's own beta.
+            offsets: (P,) subtracted from the margins before the loss, in units of reward: a target margin for each
+                pair (ODPO, Amini et al. 2024, arXiv 2402.10571). Not for "ipo", whose target is 1 / (2 beta).
+            token_weights: (2P, L) not negative: how often a token's log-prob counts in its branch's sum and in its
+                length. 0 is as good as a label of -100. ref_logps must be sums with the same weights. What stands at
+                labels of -100 is not read.
 
-        Raises ValueError for shapes that do not fit and for missing ref_logps.
+        Raises ValueError for shapes that do not fit, for missing ref_logps and for ref_logps given to "simpo".
         """
         if hidden.ndim != 3 or hidden.shape[0] % 2 or labels.shape != hidden.shape[:2]:
             raise ValueError(
                 f"hidden must be (2P, L, D) and labels (2P, L), got {tuple(hidden.shape)} and {tuple(labels.shape)}"
             )
+        pairs = labels.shape[0] // 2
+        self._check(pairs, ref_logps, weights=weights, betas=betas, offsets=offsets)
         keep = labels != -100
         token_logps = self._token_logps(hidden[keep], weight, labels[keep], bias)  # (R,)
+        lengths = keep.sum(dim=1)  # (2P,)
+        if token_weights is not None:
+            factors = _token_weights(token_weights, labels.shape)
+            token_logps = token_logps * factors[keep].to(token_logps.dtype)
+            lengths = factors.masked_fill(~keep, 0).sum(dim=1, dtype=torch.float64)
         table = token_logps.new_zeros(labels.shape).masked_scatter(keep, token_logps)  # (2P, L)
-        chosen, rejected = table.sum(dim=1, dtype=torch.float64).to(table.dtype).chunk(2)
-        return self._pair_loss(chosen, rejected, ref_logps, torch.ones_like(chosen), num_pairs)
+        logps = table.sum(dim=1, dtype=torch.float64).to(table.dtype)  # (2P,)
+        result = self._pair_losses(logps, lengths, self._references(ref_logps), weights, betas, offsets)
+        return self._output(result, lengths, weights, num_pairs)
 
     def packed(
         self,
@@ -117,30 +147,62 @@ class StepDPOLoss(nn.Module):
         *,
         bias: Tensor | None = None,
         num_pairs: float | None = None,
+        betas: Tensor | None = None,  # (P,)
+        offsets: Tensor | None = None,  # (P,)
+        token_weights: Tensor | None = None,  # (R,)
     ) -> StepDPOOutput:
         """Loss of a packed forest, each pair weighted by its weight.
 
         Args:
             hidden: (T, D) of `packed_forward`.
-            weight, bias, num_pairs: as in `forward`.
+            weight, bias, num_pairs, betas, offsets: as in `forward`.
             batch: the forest, on the same device.
             ref_logps: (2P,) branch log-probs of the reference in the batch's pair order, chosen first, then rejected.
+            token_weights: (R,) of the batch's loss rows, otherwise as in `forward`; a row that several branches share
+                has one weight.
 
-        Raises ValueError for shapes that do not fit and for missing ref_logps.
+        Raises ValueError as `forward` does.
         """
         if hidden.ndim != 2 or hidden.shape[0] != batch.num_tokens:
             raise ValueError(f"hidden must be ({batch.num_tokens}, D), got {tuple(hidden.shape)}")
-        chosen, rejected = self.packed_logps(hidden, weight, batch, bias=bias).chunk(2)
-        return self._pair_loss(chosen, rejected, ref_logps, batch.weights, num_pairs)
+        self._check(batch.num_pairs, ref_logps, betas=betas, offsets=offsets)
+        token_logps = self._packed_token_logps(hidden, weight, batch, bias, token_weights)
+        refs, pairs = self._references(ref_logps), (batch.branches, batch.chosen, batch.rejected)
+        lengths = None
+        if self.loss_type in LENGTH_NORMALISED or self.rpo_alpha:
+            lengths = batch.branches.lengths  # (S,)
+            if token_weights is not None:
+                lengths = sum_rows(token_weights.detach().double(), batch.branches)
+            lengths = torch.cat([lengths[batch.chosen], lengths[batch.rejected]])
+        if self.loss_type == "sigmoid" and betas is None and offsets is None:
+            result = pair_loss(
+                token_logps, *pairs, refs, batch.weights, beta=self.beta, label_smoothing=self.label_smoothing
+            )
+        else:
+            logps = pair_loss(token_logps, *pairs).logps
+            result = self._pair_losses(logps, lengths, refs, batch.weights, betas, offsets)
+        return self._output(result, lengths, batch.weights, num_pairs)
 
     def packed_logps(
-        self, hidden: Tensor, weight: Tensor, batch: PackedBatch, *, bias: Tensor | None = None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        batch: PackedBatch,
+        *,
+        bias: Tensor | None = None,
+        token_weights: Tensor | None = None,
     ) -> Tensor:  # (2P,)
         """Branch log-probs of a packed forest, chosen first, then rejected: what a reference contributes."""
-        token_logps = self._token_logps(gather_rows(hidden, batch.rows), weight, batch.targets, bias)  # (R,)
-        # in float64: a float32 running sum of hundreds of nats loses the digits of a margin
-        branches = sum_rows(token_logps.double(), batch.branches).to(token_logps.dtype)  # (S,)
-        return torch.cat([branches[batch.chosen], branches[batch.rejected]])
+        token_logps = self._packed_token_logps(hidden, weight, batch, bias, token_weights)
+        return pair_loss(token_logps, batch.branches, batch.chosen, batch.rejected).logps
+
+    def _packed_token_logps(
+        self, hidden: Tensor, weight: Tensor, batch: PackedBatch, bias: Tensor | None, token_weights: Tensor | None
+    ) -> Tensor:  # (R,)
+        token_logps = self._token_logps(gather_rows(hidden, batch.rows), weight, batch.targets, bias)
+        if token_weights is None:
+            return token_logps
+        return token_logps * _token_weights(token_weights, batch.targets.shape).to(token_logps.dtype)
 
     def _token_logps(self, rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
         return linear_logprob(
@@ -153,39 +215,93 @@ class StepDPOLoss(nn.Module):
             impl=self.impl,
         )
 
-    def _pair_loss(
+    def _check(self, pairs: int, ref_logps: Tensor | None, **per_pair: Tensor | None) -> None:
+        if ref_logps is not None and self.loss_type in REFERENCE_FREE:
+            raise ValueError(f"loss_type {self.loss_type!r} has no reference: leave ref_logps out")
+        if not self.reference_free:
+            if ref_logps is None:
+                raise ValueError(
+                    "ref_logps is missing: pass the reference's branch log-probs, or set reference_free=True"
+                )
+            if ref_logps.shape != (2 * pairs,):
+                raise ValueError(
+                    f"ref_logps must be ({2 * pairs},), chosen then rejected, got {tuple(ref_logps.shape)}"
+                )
+        for name, values in per_pair.items():
+            if values is not None and values.shape != (pairs,):
+                raise ValueError(f"{name} must be ({pairs},), one for each pair, got {tuple(values.shape)}")
+        if per_pair["offsets"] is not None and self.loss_type == "ipo":
+            raise ValueError("offsets: 'ipo' has a target margin of its own, 1 / (2 beta); pass betas instead")
+        betas = per_pair["betas"]
+        if betas is not None:
+            in_range = ((betas > 0) & betas.isfinite()).all()
+            if betas.device.type != "cpu":
+                torch._assert_async(in_range, "betas must be positive and finite")
+            elif not in_range:
+                raise ValueError(f"betas must be positive and finite, got {betas.tolist()}")
+
+    def _references(self, ref_logps: Tensor | None) -> Tensor | None:
+        return None if self.reference_free else ref_logps
+
+    def _pair_losses(
         self,
-        chosen: Tensor,  # (P,)
-        rejected: Tensor,  # (P,)
+        logps: Tensor,  # (2P,)
+        lengths: Tensor | None,  # (2P,), for length-normalised losses
         ref_logps: Tensor | None,  # (2P,)
-        weights: Tensor,  # (P,)
+        weights: Tensor | None,  # (P,)
+        betas: Tensor | None,  # (P,)
+        offsets: Tensor | None,  # (P,)
+    ) -> PairLoss:
+        beta = self.beta if betas is None else betas.detach().to(logps.dtype)
+        ratios = logps if ref_logps is None else logps - ref_logps.detach().to(logps.dtype)
+        if self.loss_type in LENGTH_NORMALISED:
+            assert lengths is not None
+            ratios = per_token(ratios, lengths)
+        chosen_rewards, rejected_rewards = (beta * ratio for ratio in ratios.chunk(2))
+        margins = chosen_rewards - rejected_rewards
+        losses = pair_losses(
+            self.loss_type,
+            margins,
+            beta=beta,
+            label_smoothing=self.label_smoothing,
+            simpo_gamma=self.simpo_gamma,
+            offsets=None if offsets is None else offsets.detach().to(logps.dtype),
+        )
+        if weights is not None:
+            losses = weights.detach().to(losses.dtype) * losses
+        return PairLoss(losses, logps, chosen_rewards.detach(), rejected_rewards.detach(), margins.detach())
+
+    def _output(
+        self,
+        result: PairLoss,
+        lengths: Tensor | None,  # (2P,), for rpo_alpha
+        weights: Tensor | None,  # (P,)
         num_pairs: float | None,
     ) -> StepDPOOutput:
-        pairs = chosen.shape[0]
-        if self.reference_free:
-            ref_chosen = ref_rejected = torch.zeros_like(chosen)
-        elif ref_logps is None:
-            raise ValueError("ref_logps is missing: pass the reference's branch log-probs, or set reference_free=True")
-        elif ref_logps.shape != (2 * pairs,):
-            raise ValueError(f"ref_logps must be ({2 * pairs},), chosen then rejected, got {tuple(ref_logps.shape)}")
-        else:
-            ref_chosen, ref_rejected = ref_logps.detach().to(chosen.dtype).chunk(2)
-        chosen_rewards = self.beta * (chosen - ref_chosen)
-        rejected_rewards = self.beta * (rejected - ref_rejected)
-        margins = chosen_rewards - rejected_rewards
-        losses = -F.logsigmoid(margins)
-        if self.label_smoothing:
-            losses = (1 - self.label_smoothing) * losses - self.label_smoothing * F.logsigmoid(-margins)
-        total = (weights.to(losses.dtype) * losses).sum()
+        losses, pairs = result.losses, result.losses.shape[0]
+        chosen, rejected = result.logps.chunk(2)
+        if self.rpo_alpha:
+            assert lengths is not None
+            nll = -self.rpo_alpha * per_token(chosen, lengths[:pairs])
+            losses = losses + (nll if weights is None else weights.detach().to(nll.dtype) * nll)
         return StepDPOOutput(
-            loss=total / (max(pairs, 1) if num_pairs is None else num_pairs),
+            loss=losses.sum() / (max(pairs, 1) if num_pairs is None else num_pairs),
             chosen_logps=chosen.detach(),
             rejected_logps=rejected.detach(),
-            chosen_rewards=chosen_rewards.detach(),
-            rejected_rewards=rejected_rewards.detach(),
-            margins=margins.detach(),
-            accuracy=(margins.detach() > 0).to(torch.float32),
+            chosen_rewards=result.chosen_rewards,
+            rejected_rewards=result.rejected_rewards,
+            margins=result.margins,
+            accuracy=(result.margins > 0).to(torch.float32),
         )
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}, loss_type={self.loss_type!r}, label_smoothing={self.label_smoothing}"
+        shown = f"beta={self.beta}, loss_type={self.loss_type!r}, label_smoothing={self.label_smoothing}"
+        if self.rpo_alpha:
+            shown += f", rpo_alpha={self.rpo_alpha}"
+        return shown if self.simpo_gamma is None else f"{shown}, simpo_gamma={self.simpo_gamma}"
+
+
+def _token_weights(values: Tensor, shape: torch.Size) -> Tensor:
+    if values.shape != shape:
+        raise ValueError(f"token_weights must be {tuple(shape)}, got {tuple(values.shape)}")
+    return values.detach()

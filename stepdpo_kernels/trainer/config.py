@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from stepdpo_kernels.loss import LOSS_TYPES
+from stepdpo_kernels.loss import LOSS_TYPES, StepDPOLoss
 from stepdpo_kernels.packing import SHARE_MODES
 from stepdpo_kernels.types import StepDPOError
 
@@ -64,7 +64,14 @@ class StepDPOConfig(TrainingArguments):
     beta: float = field(default=0.4, metadata={"help": "Strength of the pull towards the reference."})
     loss_type: str = field(default="sigmoid", metadata={"help": f"Pair loss: {', '.join(LOSS_TYPES)}."})
     label_smoothing: float = field(
-        default=0.0, metadata={"help": "Probability that a preference is the wrong way round (cDPO), in [0, 0.5)."}
+        default=0.0,
+        metadata={"help": "Probability that a preference is the wrong way round, in [0, 0.5); robust needs it."},
+    )
+    rpo_alpha: float = field(
+        default=0.0, metadata={"help": "Weight of an added NLL of the chosen step, per token (RPO); 0 leaves it out."}
+    )
+    simpo_gamma: float | None = field(
+        default=None, metadata={"help": "Target margin of loss_type simpo, in units of reward. 0.5 unless given."}
     )
     pairs_per_step: int | None = field(
         default=None, metadata={"help": "Pairs of one optimiser step, over all processes. 128 unless given."}
@@ -77,7 +84,9 @@ class StepDPOConfig(TrainingArguments):
     )
     reference: str = field(
         default="precomputed",
-        metadata={"help": "Reference log-probs: precomputed (once, cached on disk) or none (reference-free)."},
+        metadata={
+            "help": "Reference log-probs: precomputed (once, cached on disk) or none (reference-free; simpo always)."
+        },
     )
     reference_cache_dir: str | None = field(
         default=None, metadata={"help": "Where reference log-probs are cached. Default: the user's cache folder."}
@@ -85,17 +94,18 @@ class StepDPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("loss_type", LOSS_TYPES),
             ("share", SHARE_MODES),
             ("reference", REFERENCES),
             ("train_sampling_strategy", ORDERS),
         ):
             if getattr(self, name) not in choices:
                 raise StepDPOError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if not 0 < self.beta < float("inf"):
-            raise StepDPOError(f"beta must be positive and finite, got {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise StepDPOError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        try:
+            loss = self.build_loss()
+        except ValueError as error:
+            raise StepDPOError(str(error)) from None
+        if loss.reference_free:
+            self.reference = "none"
         if self.max_tokens_per_batch < 1:
             raise StepDPOError(f"max_tokens_per_batch must be at least 1, got {self.max_tokens_per_batch}")
         if self.remove_unused_columns:
@@ -120,3 +130,14 @@ class StepDPOConfig(TrainingArguments):
             )
         self.per_device_train_batch_size = self.pairs_per_step // self.world_size
         self.gradient_accumulation_steps = 1
+
+    def build_loss(self) -> StepDPOLoss:
+        """The loss that these arguments describe; raises ValueError for a value outside its range."""
+        return StepDPOLoss(
+            beta=self.beta,
+            loss_type=self.loss_type,
+            label_smoothing=self.label_smoothing,
+            reference_free=self.reference == "none",
+            rpo_alpha=self.rpo_alpha,
+            simpo_gamma=self.simpo_gamma,
+        )

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from stepdpo_kernels.loss import StepDPOLoss, StepDPOOutput
+from stepdpo_kernels.loss import StepDPOOutput
 from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward
 from stepdpo_kernels.trainer.checks import (
     check_adapter,
@@ -116,12 +116,11 @@ class StepDPOTrainer(Trainer):
                 enable_packed_forward(either)
         warn_of_lost_updates(model)
         self.ref_model = ref_model
-        self.loss = StepDPOLoss(
-            beta=args.beta,
-            loss_type=args.loss_type,
-            label_smoothing=args.label_smoothing,
-            reference_free=args.reference == "none",
-        )
+        self.loss = args.build_loss()
+        if ref_model is not None and self.loss.reference_free:
+            raise StepDPOError(
+                "ref_model: this loss has no reference (reference='none', loss_type='simpo'); leave it out"
+            )
         super().__init__(
             model=model,
             args=args,

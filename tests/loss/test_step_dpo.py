@@ -1,8 +1,4 @@
-"""The loss, padded and packed, against the paper's formula.
-
-The hidden state of a token is tanh of the summed embeddings of all tokens up to it: a causal "model" that can be
-written down for both layouts without an attention layer.
-"""
+"""The loss, padded and packed, against the paper's formula."""
 
 from __future__ import annotations
 
@@ -18,36 +14,10 @@ from torch import Tensor
 from stepdpo_kernels.loss import LOSS_TYPES, StepDPOLoss, StepDPOOutput
 from stepdpo_kernels.loss.reference import step_dpo_loss
 from stepdpo_kernels.ops.linear_logprob import linear_logprob
-from stepdpo_kernels.ops.tree_attention.reference import dense_mask
 from stepdpo_kernels.packing import SHARE_MODES, build_batch
-from stepdpo_kernels.packing.reference import padded_batch
-from stepdpo_kernels.types import PackedBatch, StepPair
+from stepdpo_kernels.types import StepPair
 from tests.forests import forest_pairs, make_pair, nested_pairs, step_pairs
-
-V, D = 60, 6
-
-
-def _parameters(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """embedding and head weight"""
-    return tuple(torch.randn(V, D, dtype=dtype).requires_grad_() for _ in range(2))  # type: ignore[return-value]
-
-
-def _padded_hidden(embedding: Tensor, pairs: list[StepPair]) -> tuple[Tensor, Tensor]:
-    """(2P, L, D) hidden, (2P, L) labels"""
-    batch = padded_batch(pairs)
-    return torch.tanh(embedding[batch["input_ids"]].cumsum(dim=1)), batch["labels"]
-
-
-def _packed_hidden(embedding: Tensor, batch: PackedBatch) -> Tensor:  # (T, D)
-    return torch.tanh(dense_mask(batch.plan).to(embedding.dtype) @ embedding[batch.input_ids])
-
-
-def _small(pairs: list[StepPair]) -> list[StepPair]:
-    """The same trie with token ids below V."""
-    return [
-        make_pair(p.prefix_ids % V, p.chosen_ids % V, p.rejected_ids % V, id=p.id, group=p.group, weight=p.weight)
-        for p in pairs
-    ]
+from tests.loss.states import D, V, packed_hidden, padded_hidden, parameters, small
 
 
 def _formula(
@@ -80,14 +50,14 @@ def _formula(
     return torch.stack(losses).mean()
 
 
-PAIRS = _small(nested_pairs(V))
+PAIRS = small(nested_pairs(V))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.45])
 @pytest.mark.parametrize("beta", [0.1, 0.4, 3.0])
 def test_padded_loss_is_the_papers_formula(beta: float, smoothing: float) -> None:
-    embedding, weight = _parameters()
-    hidden, labels = _padded_hidden(embedding, PAIRS)
+    embedding, weight = parameters()
+    hidden, labels = padded_hidden(embedding, PAIRS)
     policy = StepDPOLoss(reference_free=True)(hidden, weight, labels)
     # margins of either sign, not so far from 0 that the formula's 1 - p loses digits
     ref_logps = torch.cat([policy.chosen_logps, policy.rejected_logps]) + torch.randn(2 * len(PAIRS)).double()
@@ -105,13 +75,13 @@ def test_padded_loss_is_the_papers_formula(beta: float, smoothing: float) -> Non
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("share", SHARE_MODES)
 def test_packed_loss_is_the_papers_formula_with_weights(share: str, smoothing: float) -> None:
-    embedding, weight = _parameters()
+    embedding, weight = parameters()
     ref_logps = -20 + torch.randn(2 * len(PAIRS), dtype=torch.float64)
     batch = build_batch(PAIRS, range(len(PAIRS)), share)
     loss_fn = StepDPOLoss(label_smoothing=smoothing)
-    out = loss_fn.packed(_packed_hidden(embedding, batch), weight, batch, ref_logps)
+    out = loss_fn.packed(packed_hidden(embedding, batch), weight, batch, ref_logps)
     formula = _formula(embedding, weight, PAIRS, ref_logps, 0.4, smoothing, use_weights=True)
-    hidden, labels = _padded_hidden(embedding, PAIRS)
+    hidden, labels = padded_hidden(embedding, PAIRS)
     twin = step_dpo_loss(
         hidden @ weight.T, labels, ref_logps, beta=0.4, label_smoothing=smoothing, weights=batch.weights.double()
     )
@@ -126,12 +96,12 @@ def test_packed_loss_is_the_papers_formula_with_weights(share: str, smoothing: f
 @given(step_pairs(), st.sampled_from(SHARE_MODES))
 def test_any_forest(pairs: list[StepPair], share: str) -> None:
     torch.manual_seed(0)
-    pairs = _small(pairs)
-    embedding, weight = _parameters()
+    pairs = small(pairs)
+    embedding, weight = parameters()
     ref_logps = -5 + torch.randn(2 * len(pairs), dtype=torch.float64)
     batch = build_batch(pairs, range(len(pairs)), share)
-    out = StepDPOLoss().packed(_packed_hidden(embedding, batch), weight, batch, ref_logps)
-    hidden, labels = _padded_hidden(embedding, pairs)
+    out = StepDPOLoss().packed(packed_hidden(embedding, batch), weight, batch, ref_logps)
+    hidden, labels = padded_hidden(embedding, pairs)
     padded = StepDPOLoss()(hidden, weight, labels, ref_logps)
     torch.testing.assert_close(out.chosen_logps, padded.chosen_logps)
     torch.testing.assert_close(out.rejected_logps, padded.rejected_logps)
@@ -161,13 +131,13 @@ def test_the_formula_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_comes_back(dtype: torch.dtype) -> None:
-    embedding, weight = _parameters(dtype)
+    embedding, weight = parameters(dtype)
     batch = build_batch(PAIRS, range(len(PAIRS)), "tree")
     pairs = len(PAIRS)
     ref_logps = -20 + torch.randn(2 * pairs)
-    hidden, labels = _padded_hidden(embedding, PAIRS)
+    hidden, labels = padded_hidden(embedding, PAIRS)
     for out in (
-        StepDPOLoss().packed(_packed_hidden(embedding, batch), weight, batch, ref_logps),
+        StepDPOLoss().packed(packed_hidden(embedding, batch), weight, batch, ref_logps),
         StepDPOLoss()(hidden, weight, labels, ref_logps),
     ):
         assert out.loss.shape == ()
@@ -184,17 +154,17 @@ def test_what_comes_back(dtype: torch.dtype) -> None:
 
 
 def test_metrics_keep_no_graph_alive() -> None:
-    embedding, weight = _parameters()
-    hidden, labels = _padded_hidden(embedding, PAIRS)
+    embedding, weight = parameters()
+    hidden, labels = padded_hidden(embedding, PAIRS)
     out = StepDPOLoss(reference_free=True)(hidden, weight, labels)
     assert all(getattr(out, f).grad_fn is None for f in StepDPOOutput.__dataclass_fields__ if f != "loss")
 
 
 def test_reference_free_is_a_reference_of_zero() -> None:
-    embedding, weight = _parameters()
-    hidden, labels = _padded_hidden(embedding, PAIRS)
+    embedding, weight = parameters()
+    hidden, labels = padded_hidden(embedding, PAIRS)
     batch = build_batch(PAIRS, range(len(PAIRS)), "tree")
-    packed, zeros = _packed_hidden(embedding, batch), torch.zeros(2 * len(PAIRS))
+    packed, zeros = packed_hidden(embedding, batch), torch.zeros(2 * len(PAIRS))
     free, zero = StepDPOLoss(reference_free=True), StepDPOLoss()
     assert torch.equal(free(hidden, weight, labels).loss, zero(hidden, weight, labels, zeros).loss)
     assert torch.equal(free.packed(packed, weight, batch).loss, zero.packed(packed, weight, batch, zeros).loss)
@@ -203,7 +173,7 @@ def test_reference_free_is_a_reference_of_zero() -> None:
 
 
 def test_parts_add_up_with_num_pairs() -> None:
-    embedding, weight = _parameters()
+    embedding, weight = parameters()
     n = len(PAIRS)
     ref_logps = -20 + torch.randn(2 * n, dtype=torch.float64)
 
@@ -211,21 +181,21 @@ def test_parts_add_up_with_num_pairs() -> None:
         batch = build_batch(PAIRS, indices, "tree")
         refs = torch.cat([ref_logps[indices], ref_logps[[n + i for i in indices]]])
         loss_fn = StepDPOLoss()
-        return loss_fn.packed(_packed_hidden(embedding, batch), weight, batch, refs, num_pairs=num_pairs).loss
+        return loss_fn.packed(packed_hidden(embedding, batch), weight, batch, refs, num_pairs=num_pairs).loss
 
     whole = packed(list(range(n)))
     split = packed([4, 1], n) + packed([0], n) + packed([2, 3, 5, 6, 7], n)
     torch.testing.assert_close(whole, split, rtol=1e-12, atol=0)
     # not the mean of means
     assert abs(packed([4, 1]) / 3 + packed([0]) / 3 + packed([2, 3, 5, 6, 7]) / 3 - whole) > 1e-3
-    hidden, labels = _padded_hidden(embedding, PAIRS)
+    hidden, labels = padded_hidden(embedding, PAIRS)
     dense = StepDPOLoss()(hidden, weight, labels, ref_logps)
     doubled = StepDPOLoss()(hidden, weight, labels, ref_logps, num_pairs=2 * n)
     torch.testing.assert_close(dense.loss, 2 * doubled.loss)
 
 
 def test_weights_weigh_pairs() -> None:
-    embedding, weight = _parameters()
+    embedding, weight = parameters()
     base = make_pair([1, 2], [3, 4], [5, 6])
     other = make_pair([1, 7], [3, 4, 5], [8])
 
@@ -235,7 +205,7 @@ def test_weights_weigh_pairs() -> None:
             for p, w in zip((base, other), weights, strict=True)
         ]
         batch = build_batch(pairs, [0, 1], "tree")
-        return StepDPOLoss(reference_free=True).packed(_packed_hidden(embedding, batch), weight, batch).loss
+        return StepDPOLoss(reference_free=True).packed(packed_hidden(embedding, batch), weight, batch).loss
 
     torch.testing.assert_close(loss(0.5, 3), 0.5 * loss(1, 0) + 3 * loss(0, 1))
     torch.testing.assert_close(loss(1, 1), loss(1, 0) + loss(0, 1))
@@ -244,21 +214,21 @@ def test_weights_weigh_pairs() -> None:
 
 @pytest.mark.parametrize("share", SHARE_MODES)
 def test_an_empty_branch_has_log_prob_zero_and_stays_in_the_graph(share: str) -> None:
-    embedding, weight = _parameters()
+    embedding, weight = parameters()
     for pair in (make_pair([1, 2], [], [3, 4]), make_pair([1, 2], [3, 4], []), make_pair([1, 2], [], [])):
         batch = build_batch([pair], [0], share)
-        out = StepDPOLoss(reference_free=True).packed(_packed_hidden(embedding, batch), weight, batch)
+        out = StepDPOLoss(reference_free=True).packed(packed_hidden(embedding, batch), weight, batch)
         for step, logp in ((pair.chosen_ids, out.chosen_logps), (pair.rejected_ids, out.rejected_logps)):
             assert (logp.item() == 0) == (step.size == 0)
         gradients = torch.autograd.grad(out.loss, [embedding, weight])  # none missing
-        hidden, labels = _padded_hidden(embedding, [pair])
+        hidden, labels = padded_hidden(embedding, [pair])
         plain = StepDPOLoss(reference_free=True)(hidden, weight, labels)
         torch.testing.assert_close(out.loss, plain.loss)
         torch.testing.assert_close(gradients, torch.autograd.grad(plain.loss, [embedding, weight]))
 
 
 def test_no_labels_at_all() -> None:
-    embedding, weight = _parameters()
+    embedding, weight = parameters()
     hidden = torch.tanh(embedding[torch.ones(4, 3, dtype=torch.int64)])
     out = StepDPOLoss(reference_free=True)(hidden, weight, torch.full((4, 3), -100))
     assert out.loss.item() == pytest.approx(math.log(2), abs=1e-12)
@@ -272,8 +242,8 @@ def test_no_labels_at_all() -> None:
 @pytest.mark.parametrize("margin", [-1e4, -100.0, 100.0, 1e4])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_margins_far_from_zero(margin: float, smoothing: float) -> None:
-    embedding, weight = _parameters(torch.float32)
-    hidden, labels = _padded_hidden(embedding, PAIRS[:1])
+    embedding, weight = parameters(torch.float32)
+    hidden, labels = padded_hidden(embedding, PAIRS[:1])
     refs = torch.tensor([-margin / 0.4, 0.0])
     out = StepDPOLoss(label_smoothing=smoothing)(hidden, weight, labels, refs)
     wrong_way = (1 - smoothing) if margin < 0 else smoothing
@@ -285,9 +255,9 @@ def test_margins_far_from_zero(margin: float, smoothing: float) -> None:
 
 
 def test_options_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    embedding, weight = _parameters()
+    embedding, weight = parameters()
     bias = torch.randn(V, dtype=torch.float64, requires_grad=True)
-    hidden, labels = _padded_hidden(embedding, PAIRS)
+    hidden, labels = padded_hidden(embedding, PAIRS)
     batch = build_batch(PAIRS, range(len(PAIRS)), "tree")
     for options in ({"softcap": 2.0}, {"logit_scale": 0.3}, {"softcap": 2.0, "logit_scale": 0.3}):
         logits = options.get("logit_scale", 1) * (hidden @ weight.T + bias)
@@ -298,7 +268,7 @@ def test_options_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
         loss_fn = StepDPOLoss(reference_free=True, **options)
         torch.testing.assert_close(loss_fn(hidden, weight, labels, bias=bias).loss, expected)
         weighted = step_dpo_loss(logits, labels, refs, weights=batch.weights.double())
-        ours = loss_fn.packed(_packed_hidden(embedding, batch), weight, batch, bias=bias).loss
+        ours = loss_fn.packed(packed_hidden(embedding, batch), weight, batch, bias=bias).loss
         torch.testing.assert_close(ours, weighted)
         torch.testing.assert_close(torch.autograd.grad(ours, bias), torch.autograd.grad(weighted, bias))
     with pytest.raises(ValueError, match="no implementation 'fast' of operation 'linear_logprob'"):
@@ -306,22 +276,22 @@ def test_options_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_branch_log_probs_chosen_first_then_rejected() -> None:
-    embedding, weight = _parameters()
+    embedding, weight = parameters()
     batch = build_batch(PAIRS, [3, 0, 5], "tree")
-    hidden = _packed_hidden(embedding, batch)
+    hidden = packed_hidden(embedding, batch)
     logps = StepDPOLoss().packed_logps(hidden, weight, batch)
     assert logps.shape == (6,)
     out = StepDPOLoss(reference_free=True).packed(hidden, weight, batch)
     assert torch.equal(logps, torch.cat([out.chosen_logps, out.rejected_logps]))
-    padded_hidden, labels = _padded_hidden(embedding, [PAIRS[i] for i in (3, 0, 5)])
+    states, labels = padded_hidden(embedding, [PAIRS[i] for i in (3, 0, 5)])
     keep = labels != -100
-    plain = (padded_hidden @ weight.T).log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    plain = (states @ weight.T).log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
     torch.testing.assert_close(logps, (plain * keep).sum(1))
 
 
 def test_long_branches_are_summed_without_loss() -> None:
     # 3000 tokens of 4 nats each: a float32 running sum is off by more than the margins that matter
-    weight = _parameters(torch.float32)[1].detach()
+    weight = parameters(torch.float32)[1].detach()
     tokens = torch.randint(V, (3, 3000)).numpy()
     pairs = [make_pair(tokens[0, :5], tokens[1], tokens[2])]
     batch = build_batch(pairs, [0], "pair")
@@ -339,8 +309,8 @@ def test_long_branches_are_summed_without_loss() -> None:
 
 
 def test_what_is_frozen_gets_no_gradient() -> None:
-    embedding, weight = _parameters()
-    hidden, labels = _padded_hidden(embedding, PAIRS)
+    embedding, weight = parameters()
+    hidden, labels = padded_hidden(embedding, PAIRS)
     StepDPOLoss(reference_free=True)(hidden, weight.detach(), labels).loss.backward()
     assert weight.grad is None
     assert embedding.grad is not None
@@ -353,7 +323,9 @@ def test_a_module_without_parameters() -> None:
     assert not list(loss_fn.parameters())
     assert not loss_fn.state_dict()
     assert repr(loss_fn) == "StepDPOLoss(beta=0.25, loss_type='sigmoid', label_smoothing=0.1)"
-    assert LOSS_TYPES == ("sigmoid",)
+    assert LOSS_TYPES == ("sigmoid", "robust", "hinge", "ipo", "simpo")
+    shown = repr(StepDPOLoss(loss_type="simpo", rpo_alpha=0.5, simpo_gamma=1.5))
+    assert shown.endswith("loss_type='simpo', label_smoothing=0.0, rpo_alpha=0.5, simpo_gamma=1.5)")
 
 
 @pytest.mark.parametrize(
@@ -363,7 +335,7 @@ def test_a_module_without_parameters() -> None:
         ({"beta": -1.0}, "beta must be positive"),
         ({"beta": float("inf")}, "beta must be positive and finite, got inf"),
         ({"beta": float("nan")}, "beta must be positive and finite, got nan"),
-        ({"loss_type": "hinge"}, "loss_type must be one of sigmoid, got 'hinge'"),
+        ({"loss_type": "dpo"}, "loss_type must be one of sigmoid, robust, hinge, ipo, simpo, got 'dpo'"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         ({"label_smoothing": -0.1}, "label_smoothing must be in"),
         ({"label_smoothing": float("nan")}, "label_smoothing must be in"),
@@ -418,10 +390,10 @@ def test_bad_packed_input() -> None:
 
 
 def test_forests_of_several_trees() -> None:
-    pairs = _small(forest_pairs(V))
-    embedding, weight = _parameters()
+    pairs = small(forest_pairs(V))
+    embedding, weight = parameters()
     batch = build_batch(pairs, range(len(pairs)), "pair")
-    out = StepDPOLoss(reference_free=True).packed(_packed_hidden(embedding, batch), weight, batch)
-    hidden, labels = _padded_hidden(embedding, pairs)
+    out = StepDPOLoss(reference_free=True).packed(packed_hidden(embedding, batch), weight, batch)
+    hidden, labels = padded_hidden(embedding, pairs)
     plain = StepDPOLoss(reference_free=True)(hidden, weight, labels)
     torch.testing.assert_close(out.margins, plain.margins)

@@ -54,6 +54,7 @@ def test_pairs_a_step_from_batch_and_accumulation(make):
         {},
         {"pairs_per_step": 6, "bf16": True, "share": "pair", "beta": 0.1, "reference": "none"},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "warmup_steps": 7},
+        {"loss_type": "simpo", "simpo_gamma": 1.2, "rpo_alpha": 0.1, "label_smoothing": 0.1},
     ],
 )
 def test_survives_replace_and_a_round_trip_through_its_dictionary(make, options):
@@ -84,7 +85,12 @@ def test_bfloat16_on_a_cpu_needs_no_further_option(make):
         ({"share": "trees"}, "share must be one of tree, pair, none, got 'trees'"),
         ({"share": None}, "share must be one of tree, pair, none, got None"),
         ({"reference": "cached"}, "reference must be one of precomputed, none, got 'cached'"),
-        ({"loss_type": "dpo"}, "loss_type must be one of sigmoid"),
+        ({"loss_type": "dpo"}, "loss_type must be one of sigmoid, robust, hinge, ipo, simpo, got 'dpo'"),
+        ({"loss_type": "robust"}, "loss_type 'robust' needs label_smoothing"),
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "loss_type 'ipo' has no label_smoothing, got 0.1"),
+        ({"simpo_gamma": 0.5}, "simpo_gamma is for loss_type 'simpo', got 0.5 with 'sigmoid'"),
+        ({"loss_type": "simpo", "simpo_gamma": -1.0}, "simpo_gamma must be finite and >= 0"),
+        ({"rpo_alpha": -1.0}, r"rpo_alpha must be finite and >= 0, got -1\.0"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0\.5\), got 0\.5"),
         ({"label_smoothing": -0.1}, r"label_smoothing must be in"),
         ({"max_tokens_per_batch": 0}, "max_tokens_per_batch must be at least 1, got 0"),
@@ -97,6 +103,29 @@ def test_bfloat16_on_a_cpu_needs_no_further_option(make):
 def test_values_out_of_range(make, options, message):
     with pytest.raises(StepDPOError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta": 0.1, "label_smoothing": 0.2, "rpo_alpha": 0.5, "reference": "none"},
+        {"loss_type": "robust", "label_smoothing": 0.1},
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.4},
+    ],
+)
+def test_the_loss_has_every_option(make, options):
+    config = make(**options)
+    loss = config.build_loss()
+    for name in ("beta", "loss_type", "label_smoothing", "rpo_alpha", "simpo_gamma"):
+        assert getattr(loss, name) == getattr(config, name)
+        assert getattr(loss, name) == options.get(name, getattr(make(), name))
+    assert loss.reference_free == (config.reference == "none")
+
+
+def test_simpo_has_no_reference(make):
+    assert make(loss_type="simpo").reference == "none"
+    assert make(loss_type="ipo").reference == "precomputed"
 
 
 def test_pairs_a_step_must_divide_among_the_processes(make, monkeypatch):
