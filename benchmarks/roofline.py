@@ -1,0 +1,65 @@
+"""What the head should take on an H100, from operations and bytes: `python -m benchmarks.roofline` prints the table.
+
+No figure here is measured by us. Rates are published ones: 700 TFLOP/s for cuBLAS products of this kind in bfloat16,
+400 for products inside Triton kernels (reported: 310 to 470), 3.35 TB/s of memory.
+"""
+
+from __future__ import annotations
+
+LIBRARY, TRITON, BYTES = 700e12, 400e12, 3.35e12  # FLOP/s, FLOP/s, bytes/s
+HEADS = {"Qwen2-7B": (3584, 152_064), "Llama-3-8B": (4096, 128_256), "Qwen2-72B": (8192, 152_064)}
+ROWS = (1024, 4096, 16_384)
+CHUNK_ROWS, Q_BYTES = 1024, 32 * 2**20  # of triton_chunked and triton_kernel
+
+
+def kept_rows(rows: int, hidden_size: int) -> int:
+    return min(rows, 2 * hidden_size)
+
+
+def milliseconds(path: str, rows: int, size: int, vocabulary: int) -> float:
+    """Products, and what the row kernel moves; a path is an implementation and what it computes."""
+    product = 2 * rows * size * vocabulary  # FLOP
+    logits = rows * vocabulary
+    kept = kept_rows(rows, size) / rows
+    library, triton, moved = {
+        "chunked, full": (3 + (1 - kept), 0.0, 10 + 6 * (1 - kept)),
+        "chunked, frozen": (2.0, 0.0, 10.0),
+        "chunked, logp": (1.0, 0.0, 4.0),
+        "fused, full": (2.0, 2.0, 0.0),
+    }[path]
+    return 1e3 * (library * product / LIBRARY + triton * product / TRITON + moved * logits / BYTES)
+
+
+def gibibytes(path: str, rows: int, size: int, vocabulary: int) -> float:
+    """Peak beside inputs and gradients in the dtype of the inputs."""
+    chunk = 4 * min(rows, CHUNK_ROWS) * vocabulary
+    kept = 2 * kept_rows(rows, size) * vocabulary
+    sums = 4 * rows * size  # dX / g
+    total = {
+        "chunked, full": chunk + kept + sums,
+        "chunked, frozen": chunk + sums,
+        "chunked, logp": chunk,
+        "fused, full": Q_BYTES + sums + 2 * rows * size,
+    }[path]
+    return total / 2**30
+
+
+def table() -> str:
+    paths = ("chunked, full", "chunked, frozen", "chunked, logp", "fused, full")
+    lines = [
+        "| head | rows | one product, ms | " + " | ".join(f"{p}: ms, GiB" for p in paths) + " |",
+        "|---|---|---|" + "---|" * len(paths),
+    ]
+    for name, (size, vocabulary) in HEADS.items():
+        for rows in ROWS:
+            product = 1e3 * 2 * rows * size * vocabulary / LIBRARY
+            cells = [
+                f"{milliseconds(p, rows, size, vocabulary):.1f}, {gibibytes(p, rows, size, vocabulary):.2f}"
+                for p in paths
+            ]
+            lines.append(f"| {name} | {rows:,} | {product:.1f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
