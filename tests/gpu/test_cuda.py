@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from stepdpo_kernels.ops.linear_logprob import linear_logprob
 from stepdpo_kernels.ops.tree_attention import tree_attention
 from stepdpo_kernels.packing import build_batch
 from tests.forests import forest_pairs
-from tests.numerics import assert_as_good_as_eager
+from tests.numerics import assert_as_good_as_eager, eager_logprob
 
 pytestmark = pytest.mark.gpu
 Make = Callable[..., PreTrainedModel]
@@ -45,23 +46,71 @@ def test_varlen_attention_is_as_good_as_eager(head_size: int, dtype: torch.dtype
         assert_as_good_as_eager(what, ours, eager, oracle, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_chunked_head_is_as_good_as_eager(dtype: torch.dtype) -> None:
+HEADS = {  # rows, hidden size, vocabulary: aligned or not, and more rows than Q is kept of
+    "aligned": (300, 128, 5000),
+    "odd": (300, 67, 5003),
+    "many rows": (2500, 64, 5003),
+    "one row": (1, 96, 4099),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "logit_scale": 0.5}, {"bias": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", HEADS)
+@pytest.mark.parametrize("impl", ["chunked", "triton_chunked", "triton_fused"])
+def test_heads_are_as_good_as_eager(impl: str, shape: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    rows, size, vocabulary = HEADS[shape]
+    rest = {name: value for name, value in options.items() if name != "bias"}
     results = {}
-    for name, impl, of in (
-        ("ours", "chunked", dtype),
-        ("eager", "reference", dtype),
-        ("oracle", "reference", torch.float64),
-    ):
+    for name, of in (("ours", dtype), ("eager", dtype), ("oracle", torch.float64)):
         generator = torch.Generator().manual_seed(0)
-        hidden, weight = (torch.randn(n, 96, generator=generator).to(dtype).to("cuda", of) for n in (300, 5003))
-        target = torch.randint(5003, (300,), generator=generator).cuda()
-        upstream = torch.randn(300, generator=generator).to("cuda", torch.promote_types(of, torch.float32))
-        inputs = [x.requires_grad_() for x in (hidden, weight)]
-        logps = linear_logprob(*inputs, target, impl=impl)
+        hidden, weight, bias = (
+            torch.randn(*s, generator=generator).to(dtype).to("cuda", of)
+            for s in ((rows, size), (vocabulary, size), (vocabulary,))
+        )
+        target = torch.randint(vocabulary, (rows,), generator=generator).cuda()
+        upstream = torch.randn(rows, generator=generator).to("cuda", torch.promote_types(of, torch.float32))
+        inputs = [x.requires_grad_() for x in (hidden, weight, bias)][: 3 if "bias" in options else 2]
+        arguments = {"bias": bias if "bias" in options else None, **rest}
+        if name == "ours":
+            logps = linear_logprob(hidden, weight, target, impl=impl, **arguments)
+        else:
+            logps = eager_logprob(hidden, weight, target, **arguments)
         results[name] = [logps.detach(), *torch.autograd.grad(logps, inputs, upstream)]
-    for what, ours, eager, oracle in zip(("log-probs", "dX", "dW"), *results.values(), strict=True):
-        assert_as_good_as_eager(what, ours, eager, oracle, dtype)
+    for what, *of_all in zip(("log-probs", "dX", "dW", "db"), *results.values(), strict=False):
+        assert_as_good_as_eager(what, *of_all, dtype)
+
+
+@pytest.mark.parametrize("impl", ["triton_chunked", "triton_fused"])
+def test_heads_give_the_same_bits_with_and_without_gradients(impl: str) -> None:
+    hidden, weight = (torch.randn(n, 256, device="cuda", dtype=torch.bfloat16) for n in (3000, 20_001))
+    target = torch.randint(20_001, (3000,), device="cuda")
+    results = []
+    for _ in range(2):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        logps = linear_logprob(*leaves, target, impl=impl)
+        results.append([logps.detach(), *torch.autograd.grad(logps.sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(linear_logprob(hidden, weight, target, impl=impl), results[0][0])
+
+
+@pytest.mark.parametrize("impl", ["triton_chunked", "triton_fused"])
+def test_heads_need_no_full_logits(impl: str) -> None:
+    rows, size, vocabulary = 8192, 256, 50_000
+    hidden, weight = (
+        torch.randn(n, size, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (rows, vocabulary)
+    )
+    target = torch.randint(vocabulary, (rows,), device="cuda")
+    linear_logprob(hidden, weight, target, impl=impl).sum().backward()  # what libraries set up once
+    hidden.grad = weight.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_logprob(hidden, weight, target, impl=impl).sum().backward()
+    used = torch.cuda.max_memory_allocated() - before
+    sums = 12 * rows * size + 2 * weight.nbytes
+    allowed = {"triton_chunked": (4 * 1024 + 2 * 2 * size) * vocabulary, "triton_fused": 32 << 20}[impl]
+    assert used < 1.1 * (allowed + sums)
+    assert 1.1 * (allowed + sums) < 4 * rows * vocabulary / 3
 
 
 def _step(model: PreTrainedModel, share: str, ref_logps: torch.Tensor | None = None) -> list[torch.Tensor]:

@@ -449,10 +449,10 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, summed and kept in float32."""
-    if a.dtype != torch.float32 and _has_float_output(a):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:  # addmm with out_dtype takes a float32 total in some versions of torch only
+        total += product(a, b)
 
 
 @torch.library.custom_op("stepdpo_kernels::linear_logprob_triton_fused", mutates_args=())
