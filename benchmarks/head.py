@@ -117,7 +117,6 @@ def measure(
     """One row a provider: those that are right warm up, and go on in rounds as long as they run."""
     answers = {name: dict(answer) for name, answer in verified.items()}
     seconds: dict[str, list[float]] = {}
-    extras: dict[str, list[int]] = {name: [] for name in answers}
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for name, answer in answers.items():
@@ -136,12 +135,11 @@ def measure(
                 turn = workers[name].ask({"do": "measure"})
                 if turn["status"] == "ok":
                     seconds[name].append(turn["seconds"])
-                    extras[name] += [turn["extra_bytes"]] if turn["extra_bytes"] is not None else []
                 else:
                     answers[name] |= turn
                     workers.pop(name).close()
                     del seconds[name]
-    return [as_row(name, problem, answers[name], seconds, extras[name]) for name in answers]
+    return [as_row(name, problem, answers[name], seconds) for name in answers]
 
 
 def gradient_bytes(problem: dict[str, Any]) -> int:
@@ -165,7 +163,7 @@ def too_large(provider: str, problem: dict[str, Any]) -> dict[str, str]:
 
 
 def as_row(
-    name: str, problem: dict[str, Any], answer: dict[str, Any], seconds: dict[str, list[float]], extras: list[int]
+    name: str, problem: dict[str, Any], answer: dict[str, Any], seconds: dict[str, list[float]]
 ) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {key: problem[key] for key in ("mode", "dtype", "rows", "hidden", "vocab", "device", "threads")}
@@ -173,14 +171,13 @@ def as_row(
     row |= {"provider": name, "gradient_bytes": gradient_bytes(problem)}
     row["kernel"] = "preference_loss" if PROVIDERS[name].objective == "pairs" else "linear_logprob"
     if name not in seconds:
-        return row | dict.fromkeys(("first_call_seconds", "loss"))
+        return row | dict.fromkeys(("first_call_seconds", "extra_bytes", "loss"))
     figures = {"seconds": seconds[name]}
     if FLOOR in seconds:
         figures["of_products"] = [s / floor for s, floor in zip(seconds[name], seconds[FLOOR], strict=True)]
     for column, values in figures.items():
         row |= {column: median(values), f"{column}_20": quantile(values, 0.2), f"{column}_80": quantile(values, 0.8)}
-    row |= {"rounds": len(seconds[name]), "extra_bytes": int(median(extras)) if extras else None}
-    return row
+    return row | {"rounds": len(seconds[name])}
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -216,7 +213,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def verdict(rows: list[dict[str, Any]]) -> str:
     ran = {row["provider"]: row for row in rows if row["seconds"] is not None}
-    peers = [row for name, row in ran.items() if name not in (*OURS, FLOOR)]
+    peers = [row for name, row in ran.items() if name not in OURS and PROVIDERS[name].objective != "products"]
     if "ours" not in ran:
         return "ours did not run"
     told = []

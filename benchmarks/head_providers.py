@@ -85,16 +85,27 @@ def loss_of(provider: Provider, problem: Problem) -> tuple[Tensor, Tensor]:
 # ---- the floor ------------------------------------------------------------------------------------------------------
 
 
-def products(problem: Problem) -> Tensor:
-    """X W^T, then P W for dX, then P^T X for dW, with the first product's result as P."""
+def matrix_products(problem: Problem, linear: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """X W^T, then P W for dX, then P^T X for dW, with the first product's result as P; linear(a, b) is a b^T."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
-    p = hidden @ weight.T  # (R, V)
-    outputs = [p]
+    outputs = [linear(hidden, weight)]  # (R, V)
     if problem.mode != "logp":
-        outputs.append(p @ weight)  # (R, D)
+        outputs.append(linear(outputs[0], weight.T))  # (R, D)
     if problem.mode == "full":
-        outputs.append(p.T @ hidden)  # (V, D)
-    return outputs[-1][0, 0].float()
+        outputs.append(linear(outputs[0].T, hidden.T))  # (V, D)
+    return outputs
+
+
+def plain(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b.T
+
+
+def onednn(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+def products(linear: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Problem], Tensor]:
+    return lambda problem: matrix_products(problem, linear)[-1][0, 0].float()
 
 
 # ---- ours -----------------------------------------------------------------------------------------------------------
@@ -193,17 +204,21 @@ def cut_cross_entropy(problem: Problem) -> Tensor:
     return -linear_cross_entropy(problem.hidden, problem.weight, problem.target, reduction="none", impl=impl)
 
 
-def torch_linear_ce(reduction: str) -> Callable[[Problem], Tensor]:
-    def run(problem: Problem) -> Tensor:
-        if not hasattr(F, "linear_cross_entropy"):
-            raise ModuleNotFoundError("this torch has no linear_cross_entropy", name="linear_cross_entropy")
-        options = torch.nn.LinearCrossEntropyOptions()
-        loss = F.linear_cross_entropy(
-            problem.hidden, problem.weight, problem.target, reduction=reduction, options=options
-        )
-        return -loss if reduction == "none" else loss
+def torch_linear_ce(problem: Problem) -> Tensor:
+    return -_torch_linear_ce()(problem.hidden, problem.weight, problem.target, reduction="none")
 
-    return run
+
+def torch_linear_ce_chunked(problem: Problem) -> Tensor:
+    function, options = _torch_linear_ce(), torch.nn.LinearCrossEntropyOptions
+    # On CPUs the automatic choice, chunks of few rows, is many times slower than one chunk.
+    chosen = options() if problem.hidden.is_cuda else options(acc_policy="accurate", chunking_method=None)
+    return -function(problem.hidden, problem.weight, problem.target, reduction="none", options=chosen)
+
+
+def _torch_linear_ce() -> Callable[..., Tensor]:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ModuleNotFoundError("this torch has no linear_cross_entropy", name="linear_cross_entropy")
+    return F.linear_cross_entropy
 
 
 def quack(problem: Problem) -> Tensor:
@@ -215,7 +230,10 @@ _SUM = "sum of cross-entropies: one gradient for all rows"
 _PAIRS = "DPO loss, reference off"
 
 PROVIDERS: dict[str, Provider] = {
-    "products": Provider(products, "products", logits=1, note="matrix products alone: no loss is computed"),
+    "products": Provider(products(plain), "products", logits=1, note="matrix products alone: no loss is computed"),
+    "products-onednn": Provider(
+        products(onednn), "products", logits=2, devices=("cpu",), note="the same through oneDNN, whatever torch's BLAS"
+    ),
     "ours": Provider(ours("auto"), took=auto_choice),
     "ours-chunked": Provider(ours("chunked")),
     "ours-memory": Provider(ours_memory, devices=("cpu",), note="cpu with extra_bytes=0"),
@@ -228,11 +246,9 @@ PROVIDERS: dict[str, Provider] = {
     "trl-chunked": Provider(trl_chunked, logits=0.25),
     "liger-dpo": Provider(liger_dpo, "pairs", note=f"compiled; {_PAIRS}"),
     "cut-cross-entropy": Provider(cut_cross_entropy, logits=2.5, note="reduction none; torch_compile on CPUs"),
-    "torch-linear-ce": Provider(
-        torch_linear_ce("none"), logits=0.5, note="LinearCrossEntropyOptions(), reduction none: recomputes logits"
-    ),
-    "torch-linear-ce-sum": Provider(
-        torch_linear_ce("sum"), "sum", logits=0.5, note=f"LinearCrossEntropyOptions(); {_SUM}"
+    "torch-linear-ce": Provider(torch_linear_ce, logits=3, note="its defaults, reduction none"),
+    "torch-linear-ce-chunked": Provider(
+        torch_linear_ce_chunked, logits=3, note="its own backward, reduction none; on CPUs one chunk"
     ),
     "quack": Provider(quack, "sum", logits=0.5, devices=("cuda",), note=_SUM),
 }

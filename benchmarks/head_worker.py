@@ -2,8 +2,8 @@
 another status and a note.
 
     {"do": "verify", "provider": ...}    its errors on a small problem of the kind that the settings beside it describe
-    {"do": "warm-up", "provider": ...}   its first call on the problem of the settings
-    {"do": "measure"}                    further calls of the same
+    {"do": "warm-up", "provider": ...}   its first call on the problem of the settings, and a second one for its memory
+    {"do": "measure"}                    further calls of the same, for their time
 """
 
 from __future__ import annotations
@@ -145,20 +145,27 @@ def is_wrong(errors: dict[str, float], dtype: torch.dtype) -> bool:
     return not all(error <= TOLERANCE[dtype] for error in errors.values())  # NaN is wrong
 
 
-def timed(provider: Provider, problem: Problem) -> tuple[float, int | None, float]:
-    """(seconds, bytes over those in use before, value) of one call, what it returned released."""
+def timed(provider: Provider, problem: Problem) -> float:
+    """Seconds of one call."""
     gc.collect()
-    memory = PeakMemory(problem.hidden.device.type)
     began = time.perf_counter()
-    result, gradients = call(provider, problem)
+    outputs = call(provider, problem)
     if problem.hidden.is_cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
+    del outputs  # what it returned is released outside of the time
+    return seconds
+
+
+def weighed(provider: Provider, problem: Problem) -> tuple[int | None, float]:
+    """(bytes over those in use before, value) of one call."""
+    gc.collect()
+    memory = PeakMemory(problem.hidden.device.type)
+    result, _ = call(provider, problem)
     extra = memory.extra_bytes()
-    del gradients
     if provider.objective == "rows":
         result = (problem.upstream * result).sum()
-    return seconds, extra, result.item()
+    return extra, result.item()
 
 
 class Worker:
@@ -186,18 +193,18 @@ class Worker:
     def _warm_up(self, settings: dict[str, Any]) -> dict[str, Any]:
         provider = self._provider = PROVIDERS[settings["provider"]]
         problem = self._problem = read_problem(settings)
-        seconds, _, value = timed(provider, problem)
+        first = timed(provider, problem)
+        extra, value = weighed(provider, problem)
         note = "; ".join(filter(None, (provider.note, provider.took(problem) if provider.took else "")))
         name = torch.cuda.get_device_name() if settings["device"] == "cuda" else settings["device"]
-        return {"first_call_seconds": seconds, "loss": value, "note": note, "device": name}
+        return {"first_call_seconds": first, "extra_bytes": extra, "loss": value, "note": note, "device": name}
 
     def _measure(self, settings: dict[str, Any]) -> dict[str, Any]:
         assert self._problem
-        calls = [timed(self._provider, self._problem)[:2]]
-        while sum(s for s, _ in calls) < TURN_SECONDS and len(calls) < TURN_CALLS:
-            calls.append(timed(self._provider, self._problem)[:2])
-        extras = [extra for _, extra in calls if extra is not None]
-        return {"seconds": median(s for s, _ in calls), "extra_bytes": max(extras, default=None)}
+        calls = [timed(self._provider, self._problem)]
+        while sum(calls) < TURN_SECONDS and len(calls) < TURN_CALLS:
+            calls.append(timed(self._provider, self._problem))
+        return {"seconds": median(calls)}
 
 
 def what_failed(error: Exception) -> dict[str, str]:

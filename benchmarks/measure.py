@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -20,6 +21,7 @@ PACKAGES = (
     *("torch", "transformers", "trl", "accelerate", "peft", "triton", "liger-kernel", "cut-cross-entropy"),
     *("quack-kernels", "stepdpo-kernels"),
 )
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what decides the speed of matrix products
 
 
 def worker_environment() -> dict[str, str]:
@@ -104,7 +106,9 @@ class Worker:
 class PeakMemory:
     """The most memory in use since its making, over what was in use then.
 
-    On CUDA what PyTorch's allocator gave out; else the process's resident set, where Linux tells its peak.
+    On CUDA what PyTorch's allocator gave out; else the process's resident set, where Linux tells its peak. Memory
+    that was freed and that the C library kept is given back first, or using it again would not count; so the call that
+    is measured pays for getting it anew, and should not be timed.
     """
 
     def __init__(self, device: str) -> None:
@@ -116,6 +120,9 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before: int | None = torch.cuda.memory_allocated()
         else:
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+            if trim:  # of glibc
+                trim(0)
             try:
                 Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set starts here
                 self._before = _status("VmRSS")
@@ -176,7 +183,8 @@ def environment() -> dict[str, Any]:
 
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
-        "processor": _processor(),
+        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in _cpuinfo("flags").split()],
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "packages": {package: version(package) for package in PACKAGES},
@@ -184,13 +192,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def _cpuinfo(field: str) -> str:
+    """Of the first processor; empty where the system does not tell."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith(field):
+            return line.split(":", 1)[1].strip()
+    return ""
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -20,6 +20,17 @@ def test_peak_memory_counts_what_was_released_again() -> None:
     assert extra is not None
     assert 60 * 2**20 < extra < 90 * 2**20
 
+    def in_small_blocks() -> list[bytearray]:
+        return [bytearray(b"x") * 2**16 for _ in range(1000)]
+
+    del (blocks := in_small_blocks())[:]  # the C library keeps them for next time
+    assert not blocks
+    memory = PeakMemory("cpu")
+    in_small_blocks()
+    extra = memory.extra_bytes()
+    assert extra is not None
+    assert extra > 55 * 2**20
+
     after = PeakMemory("cpu").extra_bytes()
     assert after is not None
     assert after < 10 * 2**20
