@@ -259,6 +259,27 @@ def test_the_loss_is_the_same_with_it(options: dict[str, Any]) -> None:
     torch.testing.assert_close(results["triton"], results["torch"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_a_compiled_caller_needs_no_graph_break(impl: str) -> None:
+    pairs = nested_pairs(60)
+    batch = build_batch(pairs, range(len(pairs)), "tree").to(DEVICE)
+    hidden = torch.randn(batch.num_tokens, 8, device=DEVICE, requires_grad=True)
+    weight, refs = torch.randn(60, 8, device=DEVICE), -20 + torch.randn(2 * len(pairs), device=DEVICE)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return StepDPOLoss(impl="chunked").packed(hidden, weight, batch, refs).loss
+
+    with use_impl(pair_loss=impl):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for function in (loss, compiled):
+            value = function(hidden)
+            found = [value, *torch.autograd.grad(value, hidden)]
+            if function is loss:
+                expected = found
+    torch.testing.assert_close(found, expected)
+    torch.compiler.reset()
+
+
 # ---- choosing -------------------------------------------------------------------------------------------------------
 
 
