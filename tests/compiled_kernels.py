@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from stepdpo_kernels.ops.linear_logprob import triton_chunked, triton_kernel
 from stepdpo_kernels.ops.linear_logprob.triton_kernel import Config, Problem
+from stepdpo_kernels.ops.pair_loss import triton_kernel as pair_kernel
 
 # target of triton_kernel -> what Triton calls it, its shared memory in bytes, its matrix instruction
 TARGETS = {
@@ -90,7 +91,20 @@ def head(dtype: torch.dtype, size: int, bias: bool, softcap: bool) -> None:
     triton_chunked._forward._init_fn(*problem, False, False)
 
 
+def pair(pairs: int, rows: int, reference: bool, weights: bool) -> None:
+    """Forward and backward; counts that are 1, divisible by 16 or neither are compiled apart."""
+    many = torch.zeros(rows, dtype=torch.int64)
+    few = torch.zeros(pairs, dtype=torch.int64)
+    refs, weight = torch.zeros(2 * pairs) if reference else None, torch.zeros(pairs) if weights else None
+    logps = torch.zeros(rows)
+    pair_kernel._pair_loss._init_fn(logps, many, few, many, many, few, few, refs, weight, 0.4, 0.0)
+    pair_kernel._token_gradients._init_fn(torch.zeros(2 * pairs), few, few, many, many, pairs)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    for count, reference, weights in itertools.product((1, 16, 17), (False, True), (False, True)):
+        name = f"pair-{count}{'-reference' * reference}{'-weights' * weights}"
+        yield name, lambda n=count, reference=reference, weights=weights: pair(n, n, reference, weights)
     sixteen, thirty_two = (torch.bfloat16, torch.float16), (torch.float32,)
     for dtype, size, bias, softcap in itertools.product(sixteen + thirty_two, (128, 67), (False, True), (False, True)):
         name = f"head-{str(dtype).removeprefix('torch.')}-{size}{'-bias' * bias}{'-softcap' * softcap}"

@@ -31,10 +31,16 @@ def check(status: int, lines: list[dict[str, Any]]) -> None:
 
 
 def test_the_usual_kernels() -> None:
-    cases = ["head-bfloat16-128", "head-float32-67-bias-softcap", "pair"]
+    cases = ["head-bfloat16-128", "head-float32-67-bias-softcap", "pair-17"]
     status, lines = compile_kernels("--only", *cases)
     check(status, lines)
-    assert {line["kernel"] for line in lines} >= {"_forward_kernel", "_q_kernel", "_row_kernel"}
+    assert {line["kernel"] for line in lines} >= {
+        "_forward_kernel",
+        "_q_kernel",
+        "_row_kernel",
+        "_branch_gradient_kernel",
+        "_token_gradient_kernel",
+    }
     products = [line for line in lines if line["kernel"] == "_q_kernel" and "bfloat16" in line["case"]]
     assert products
     assert all(line["matrix"] for line in products)

@@ -220,14 +220,6 @@ def test_torch_accepts_the_operators() -> None:
     torch.library.opcheck(triton_kernel._token_gradients, (refs, chosen, rejected, b.t_index, b.t_lengths, 4))
 
 
-def test_every_kernel_has_cases_to_compile() -> None:
-    cases = triton_kernel.compile_cases()
-    assert len({name for name, *_ in cases}) == len(cases) == 6
-    for _, kernel, signature, constants, *_ in cases:
-        assert list(signature) == kernel.arg_names
-        assert {name for name, kind in signature.items() if kind == "constexpr"} == set(constants)
-
-
 # ---- in the loss ----------------------------------------------------------------------------------------------------
 
 

@@ -172,38 +172,6 @@ def why_not(inputs: dict[str, Any]) -> list[str]:
 # ---- launchers ------------------------------------------------------------------------------------------------------
 
 
-def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """Every kernel that can be launched: name, kernel, signature, constants, warps, stages."""
-    numbers, counts = "*fp32", "*i64"
-    shape = {"BLOCK": BLOCK}
-    launch = (OPTIONS["num_warps"], OPTIONS["num_stages"])
-    cases: list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = []
-    for reference in (True, False):
-        for weights in (True, False):
-            signature = {
-                "token_logps": numbers,
-                **dict.fromkeys(("index", "ends", "lengths", "chosen", "rejected"), counts),
-                "ref_logps": numbers if reference else "constexpr",
-                "weights": numbers if weights else "constexpr",
-                **dict.fromkeys(("losses", "logps", "stats"), numbers),
-                "P": "i32",
-                **dict.fromkeys(("beta", "label_smoothing"), "fp32"),
-                **dict.fromkeys(("REFERENCE", "WEIGHTS", "BLOCK"), "constexpr"),
-            }
-            absent = {name: None for name in ("ref_logps", "weights") if signature[name] == "constexpr"}
-            constants = {**absent, "REFERENCE": reference, "WEIGHTS": weights, **shape}
-            name = f"pair_loss{'-reference' * reference}{'-weights' * weights}"
-            cases.append((name, _forward_kernel, signature, constants, *launch))
-    signature = {"grad": numbers, "chosen": counts, "rejected": counts, "branch_grad": "*fp64", "P": "i32"}
-    cases.append(
-        ("pair_loss-branch-gradient", _branch_gradient_kernel, signature | {"BLOCK": "constexpr"}, shape, *launch)
-    )
-    signature = {"branch_grad": "*fp64", **dict.fromkeys(("t_index", "t_ends", "t_lengths"), counts)}
-    signature |= {"token_grad": numbers, "R": "i32", "BLOCK": "constexpr"}
-    cases.append(("pair_loss-token-gradient", _token_gradient_kernel, signature, shape, *launch))
-    return cases
-
-
 # FP fusion off: a margin is the difference of two rewards as they are stored.
 _LAUNCH: dict[str, Any] = {"BLOCK": BLOCK, "enable_fp_fusion": False, **OPTIONS}
 
