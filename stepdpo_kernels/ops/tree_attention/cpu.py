@@ -1,52 +1,71 @@
-"""Tree attention on the CPU: one flash-attention call for each leaf, keys and values gathered along its path.
+"""Tree attention on the CPU: dense products over blocks of consecutive queries and the keys that they see.
 
-The gradient of a key that several leaves share is summed in float32, leaf after leaf, whatever the dtype of the
-inputs, so it is deterministic.
+For each chunk of blocks, with G heads of keys and the queries of a group as rows of one matrix:
+
+    S = scale Q K^T + mask,  P = softmax(S),  O = P V
+    dV = P^T dO,  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dQ = scale dS K,  dK = scale dS^T Q
+
+S and the softmax are at least float32; the other products and what is kept of P are in the dtype of the inputs where
+the processor multiplies it, else in float32. The gradients of a key in different blocks are summed in float32, in the
+order of the blocks, so they are deterministic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from stepdpo_kernels.ops.tree_attention.blocks import Chunk, Segment, blocks_of, is_depth_first
 from stepdpo_kernels.types import TreePlan
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# P is kept for backward where it takes at most this many times the memory of the queries; else it is computed anew.
+KEPT_PROBABILITIES = 4
 
 
-class _Leaf(NamedTuple):
-    queries: slice
-    path: Tensor | slice  # packed positions of its keys
-    is_causal: bool
-    mask: Tensor | None  # (q, k) additive
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself where oneDNN multiplies it on this processor, else float32: torch's own loops are far slower."""
+    if dtype in (torch.float32, torch.float64):
+        return dtype
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    supported = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
+    return dtype if supported else torch.float32
 
 
-def _leaves(plan: TreePlan, sliding_window: int | None, dtype: torch.dtype) -> Iterator[_Leaf]:
-    cu_q, cu_k = plan.cu_q.tolist(), plan.cu_k.tolist()
-    for leaf in range(plan.num_leaves):
-        queries = slice(cu_q[leaf], cu_q[leaf + 1])
-        q, k = queries.stop - queries.start, cu_k[leaf + 1] - cu_k[leaf]
-        fits_window = sliding_window is None or k <= sliding_window
-        if q == k and fits_window:  # the first leaf of a tree: its path is its own tokens
-            yield _Leaf(queries, queries, True, None)
-            continue
-        mask = torch.full((q, k), -torch.inf, dtype=dtype).triu_(k - q + 1)
-        if sliding_window is not None and not fits_window:
-            mask += torch.full((q, k), -torch.inf, dtype=dtype).tril_(k - q - sliding_window)
-        yield _Leaf(queries, plan.keys.index[cu_k[leaf] : cu_k[leaf + 1]], False, mask)
+def _rows(x: Tensor, groups: int) -> Tensor:
+    """(T * G, heads of a group * d) of (T, heads, d)."""
+    return x.reshape(x.shape[0] * groups, x.shape[1] // groups * x.shape[2])
 
 
-def _along(x: Tensor, path: Tensor | slice) -> Tensor:
-    """(1, G, k, d) keys or values of a path from (T, G, d)."""
-    rows = x[path] if isinstance(path, slice) else x.index_select(0, path)
-    return rows.transpose(0, 1)[None]
+def _queries(x: Tensor, chunk: Chunk, size: int, dtype: torch.dtype) -> Tensor:
+    """(blocks * G, n * heads of a group, d) of (T * G, heads of a group * d)."""
+    return x.index_select(0, chunk.query_rows).to(dtype).view(chunk.shape[0] * chunk.groups, -1, size)
 
 
-class _LeafPathAttention(torch.autograd.Function):
+def _keys(x: Tensor, rows: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+    """(blocks * G, m, d) of (T * G, d)."""
+    return x.index_select(0, rows).to(dtype).view(chunk.shape[0] * chunk.groups, chunk.shape[2], x.shape[1])
+
+
+def _probabilities(query: Tensor, key: Tensor, mask: Tensor, chunk: Chunk, scale: float, dtype: torch.dtype) -> Tensor:
+    """P, (blocks * G, n * heads of a group, m) in `dtype`."""
+    blocks, n, m = chunk.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    heads = query.shape[1] // n
+    scores = torch.empty(blocks, chunk.groups, n, heads, m, dtype=wide).copy_(mask[:, None, :, None])
+    scores = scores.view(blocks * chunk.groups, n * heads, m).baddbmm_(query.to(wide), key.to(wide).mT, alpha=scale)
+    return torch.softmax(scores, dim=-1, out=scores).to(dtype)
+
+
+def _sums(parts: Tensor, segment: Segment, total: Tensor | None, rows: int) -> Tensor:
+    """Adds to `total` (T * G, d) the parts of each key, (key rows of the segment, d); the sums are float32."""
+    order, starts = segment.bags(rows)
+    sums, *_ = torch.embedding_bag(parts, order, starts, mode=0)
+    return sums if total is None else total.to(torch.promote_types(total.dtype, torch.float32)).add_(sums)
+
+
+class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -57,55 +76,80 @@ class _LeafPathAttention(torch.autograd.Function):
         scale: float,
         sliding_window: int | None,
     ) -> Tensor:
-        output = query.new_empty(*query.shape[:2], value.shape[2])  # (T, H, e)
-        lse = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))  # (T, H)
-        for leaf in _leaves(plan, sliding_window, query.dtype):
-            q = _along(query, leaf.queries)
-            k, v = _along(key, leaf.path), _along(value, leaf.path)
-            out, leaf_lse = _forward(q, k, v, 0.0, leaf.is_causal, attn_mask=leaf.mask, scale=scale)
-            output[leaf.queries] = out[0].transpose(0, 1)
-            lse[leaf.queries] = leaf_lse[0].T
-        ctx.save_for_backward(query, key, value, output, lse)
-        ctx.plan, ctx.scale, ctx.sliding_window = plan, scale, sliding_window
-        return output
+        groups, size = key.shape[1:]
+        blocks = blocks_of(plan, sliding_window, groups)
+        dtype = _product_dtype(query.dtype)
+        heads = query.shape[1] // groups
+        q, k, v = (_rows(x, groups) for x in (query, key, value))
+        size_of_p = blocks.pairs * query.shape[1] * dtype.itemsize
+        kept = any(ctx.needs_input_grad) and size_of_p <= KEPT_PROBABILITIES * query.nbytes
+        output = torch.empty(sum(c.query_rows.numel() for c in blocks.chunks), heads * value.shape[2], dtype=dtype)
+        probabilities = []
+        at = 0
+        for chunk in blocks.chunks:
+            rows, mask = chunk.keys()
+            queries, keys = _queries(q, chunk, size, q.dtype), _keys(k, rows, chunk, k.dtype)
+            p = _probabilities(queries, keys, mask, chunk, scale, dtype)
+            if kept:
+                probabilities.append(p)
+            end = at + chunk.query_rows.numel()
+            out = output[at:end].view(*p.shape[:2], value.shape[2])
+            torch.bmm(p, _keys(v, rows, chunk, dtype), out=out)
+            at = end
+        ctx.save_for_backward(query, key, value, *probabilities)
+        ctx.blocks, ctx.scale = blocks, scale
+        return output.index_select(0, blocks.query_slots).view(*query.shape[:2], value.shape[2]).to(query.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, lse = ctx.saved_tensors
-        d_query = torch.empty_like(query)
-        accumulate = torch.promote_types(query.dtype, torch.float32)
-        d_key, d_value = (torch.zeros(x.shape, dtype=accumulate) for x in (key, value))
-        for leaf in _leaves(ctx.plan, ctx.sliding_window, query.dtype):
-            q, out, g = (_along(x, leaf.queries) for x in (query, output, grad))
-            k, v = _along(key, leaf.path), _along(value, leaf.path)
-            leaf_lse = lse[leaf.queries].T[None]
-            dq, dk, dv = _backward(g, q, k, v, out, leaf_lse, 0.0, leaf.is_causal, attn_mask=leaf.mask, scale=ctx.scale)
-            d_query[leaf.queries] = dq[0].transpose(0, 1)
-            for total, part in ((d_key, dk), (d_value, dv)):
-                rows = part[0].transpose(0, 1).to(accumulate)
-                if isinstance(leaf.path, slice):
-                    total[leaf.path] += rows
-                else:
-                    total.index_add_(0, leaf.path, rows)
-        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
+        query, key, value, *probabilities = ctx.saved_tensors
+        blocks, scale, groups = ctx.blocks, ctx.scale, key.shape[1]
+        dtype = _product_dtype(query.dtype)
+        q, k, v, g = (_rows(x, groups) for x in (query, key, value, grad))
+        d_query = torch.empty(sum(c.query_rows.numel() for c in blocks.chunks), q.shape[1], dtype=dtype)
+        d_key = d_value = None
+        kept = iter(probabilities)
+        q_at = 0
+        for segment in blocks.segments:
+            key_parts = torch.empty(segment.key_rows, k.shape[1], dtype=dtype)
+            value_parts = torch.empty(segment.key_rows, v.shape[1], dtype=dtype)
+            k_at = 0
+            for chunk in segment.chunks:
+                rows, mask = chunk.keys()
+                queries, up = (_queries(x, chunk, y.shape[2], dtype) for x, y in ((q, key), (g, value)))
+                up.view(chunk.query_rows.numel(), -1).index_fill_(0, chunk.padding, 0)
+                keys, values = (_keys(x, rows, chunk, dtype) for x in (k, v))
+                p = next(kept, None)
+                if p is None:
+                    p = _probabilities(queries, keys, mask, chunk, scale, dtype)
+                q_end, k_end = q_at + chunk.query_rows.numel(), k_at + rows.numel()
+                torch.bmm(p.mT, up, out=value_parts[k_at:k_end].view_as(values))
+                d_scores = torch.ops.aten._softmax_backward_data(torch.bmm(up, values.mT), p, -1, dtype)
+                d_query[q_at:q_end].view_as(queries).baddbmm_(d_scores, keys, beta=0, alpha=scale)
+                key_parts[k_at:k_end].view_as(keys).baddbmm_(d_scores.mT, queries, beta=0, alpha=scale)
+                q_at, k_at = q_end, k_end
+            d_key = _sums(key_parts, segment, d_key, k.shape[0])
+            d_value = _sums(value_parts, segment, d_value, v.shape[0])
+        if d_key is None or d_value is None:  # no tokens
+            return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), None, None, None
+        d_query = d_query.index_select(0, blocks.query_slots).view(query.shape).to(query.dtype)
+        return d_query, d_key.view(key.shape).to(key.dtype), d_value.view(value.shape).to(value.dtype), None, None, None
 
 
 def why_not(inputs: dict[str, Any]) -> list[str]:
-    query, value = inputs["query"], inputs["value"]
+    query = inputs["query"]
     reasons = []
     if query.device.type != "cpu":
         reasons.append(f"it runs on the CPU, not on {query.device.type}")
     if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         reasons.append(f"it takes no {query.dtype}")
-    if query.shape[2] != value.shape[2]:
-        reasons.append(f"heads of queries ({query.shape[2]}) and values ({value.shape[2]}) differ in size")
+    if not reasons and "plan" in inputs and not is_depth_first(inputs["plan"]):
+        reasons.append("the paths of the plan are not those of a forest in depth-first order")
     return reasons
 
 
 def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, *, scale: float, sliding_window: int | None = None
 ) -> Tensor:
-    # the kernel reads a head's d elements as neighbours, whatever the strides say
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    return _LeafPathAttention.apply(query, key, value, plan, scale, sliding_window)
+    return _BlockAttention.apply(query, key, value, plan, scale, sliding_window)
