@@ -14,15 +14,15 @@
 // cancellation. What depends on a row is a factor, so E can be kept whatever the upstream gradient g is. Where a logit
 // exceeds its row's reference by more than kHeadroom, references are raised to the maximum and the sweep runs again.
 //
-// forward: a group of row blocks sweeps the vocabulary by chunks; in parallel the tiles of a chunk (product 1, row
-// pass), then the blocks of dX / g (product 2). It keeps E in the memory that will be dW, whose rows hold D rows of E,
-// and in `extra`. backward: in parallel the tiles of tokens, product 3 with E as kept or recomputed; a slice of dW is
-// written once, over the E that it came from. Every sum has one order, so results do not depend on the number of
-// threads.
+// forward: in parallel the tasks, each a group of row blocks and a range of tiles: tile after tile product 1 and the
+// row pass, after each chunk of tiles product 2; then, in the order of ranges, the task's sums are added to those of
+// its rows. It keeps E in the memory that will be dW, whose rows hold D rows of E, and in `extra`. backward: in
+// parallel the tiles of tokens, product 3 with E as kept or recomputed; a slice of dW is written once, over the E that
+// it came from. Every sum has one order, so results do not depend on the number of threads.
 //
-// Memory: dW (V, D); extra (V, extra_rows); X packed; dX / g (R, D) in float32; a chunk of E and W in cache. Bytes
-// moved: W once a product and group, E once. FLOPs: 2RDV a product: 3 for a full backward and 1 for each row of E that
-// was not kept, 2 for a frozen head, 1 for log-probs alone.
+// Memory: dW (V, D); extra (V, extra_rows); X packed; dX / g (R, D) in float32; for each thread a chunk of E and W and
+// the sums of a task (rows, D), in cache. Bytes moved: W once for each group, mostly from cache, E once. FLOPs: 2RDV a
+// product: 3 for a full backward and 1 for each row of E that was not kept, 2 for a frozen head, 1 for log-probs.
 #include <Python.h>
 
 #include <ATen/Parallel.h>
@@ -32,8 +32,11 @@
 #include <torch/version.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <limits>
+#include <mutex>
 #include <numeric>
 #include <tuple>
 #include <vector>
@@ -48,9 +51,10 @@ namespace {
 
 using namespace stepdpo;
 
-constexpr int64_t kGroup = 4;  // row blocks that are worked on together, or two for each thread
-constexpr int64_t kChunkBytes = 1 << 20;  // of E and W, for each thread: what its L2 cache holds
-constexpr int64_t kChunkTiles = 4;  // at least: dX / g is read and written once a chunk
+constexpr int64_t kRange = 32;  // tiles of a task of forward
+constexpr int64_t kGroup = 1;  // row blocks of a task of forward
+constexpr int64_t kChunk = 4;  // tiles between products 1 and 2
+constexpr int64_t kBlocks = 4;  // row blocks whose E is at hand in backward
 constexpr float kHeadroom = 40.f;  // e^40, its sum over a vocabulary and the inverse are far inside float32
 
 // Asks for large pages: the page faults of a fresh dW cost a tenth of a product.
@@ -63,55 +67,118 @@ void advise_large_pages(const Tensor& t) {
 #endif
 }
 
-// The vocabulary for the row blocks [first_block, end_block): sums and maxima of the row pass, (padded_rows,); E where
-// it is kept; E^T W into `acc`, (rows, ld), unless null.
+// f(take) on every thread of torch's pool; take() returns the next of 0..n-1, then n, so that nobody waits for a slow
+// thread but at the end.
+template <typename Function>
+void for_each_task(int64_t n, const Function& f) {
+  std::atomic<int64_t> next{0};
+  const auto take = [&] { return std::min(n, next.fetch_add(1)); };
+  at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t, int64_t) { f(take); });
+}
+
+// Lets the ranges of the vocabulary add to the sums of a group of rows one after the other, whoever computes them.
+// Tasks are taken in order, so the range that is waited for is done or in work.
+struct Turns {
+  std::vector<int64_t> next;  // range, for each group
+  bool failed = false;
+  std::mutex mutex;
+  std::condition_variable moved;
+
+  void wait(int64_t group, int64_t range) {
+    std::unique_lock<std::mutex> lock(mutex);
+    moved.wait(lock, [&] { return failed || next[group] == range; });
+    TORCH_CHECK(!failed, "another thread failed");
+  }
+  void pass(int64_t group) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    next[group]++;
+    moved.notify_all();
+  }
+  void fail() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    failed = true;
+    moved.notify_all();
+  }
+};
+
+// Some groups of row blocks over the whole vocabulary. A task is a group and a range of tiles.
 template <typename T>
-void sweep(const Head<T>& h, int64_t first_block, int64_t end_block, double* sum, float* top, T* dw, T* extra,
-           int64_t extra_rows, float* acc) {
-  const int64_t blocks = end_block - first_block, first_row = first_block * kRows, threads = at::get_num_threads();
-  const int64_t rows = std::min(end_block * kRows, h.padded_rows) - first_row;
-  const int64_t e_size = rows * kVocab, w_size = h.all_columns * kVocab;
-  const int64_t fitting = threads * kChunkBytes / (sizeof(T) * (e_size + w_size));
-  const int64_t chunk = std::min(h.tiles, std::max({fitting, kChunkTiles, ceil_div(threads, blocks)}));
-  const Tensor scratch = buffer<float>(threads * h.scratch), parts = buffer<float>(2 * chunk * rows);
-  const Tensor e_scratch = buffer<T>(threads * kVocab * kRows);
-  const Tensor e_chunk = buffer<T>(acc ? chunk * e_size : 0), w_chunk = buffer<T>(acc ? chunk * w_size : 0);
-  float *z = scratch.data_ptr<float>(), *sums = parts.data_ptr<float>(), *tops = sums + chunk * rows;
-  T *e = e_scratch.data_ptr<T>(), *by_row = e_chunk.data_ptr<T>(), *w = w_chunk.data_ptr<T>();
-  std::fill_n(sum + first_row, rows, 0.);
-  std::fill_n(top + first_row, rows, -kInfinity);
-  for (int64_t first = 0; first < h.tiles; first += chunk) {
-    const int64_t n = std::min(chunk, h.tiles - first);
-    at::parallel_for(0, n * blocks, 1, [&](int64_t begin, int64_t end) {
-      const int64_t thread = at::get_thread_num();
-      for (int64_t id = begin; id < end; id++) {
-        const int64_t i = id / blocks, block = first_block + id % blocks, row = id % blocks * kRows;
-        T* keep = h.kept(dw, extra, extra_rows, first + i, block);
-        h.tile(first + i, block, z + thread * h.scratch, sums + i * rows + row, tops + i * rows + row,
-               keep ? keep : e + thread * kVocab * kRows, acc ? by_row + i * e_size + row * kVocab : nullptr);
-        if (acc && row == 0) h.pack_weight(first + i, w + i * w_size);
-      }
-      h.products_done();
-    });
-    for (int64_t i = 0; i < n; i++)
-      for (int64_t r = 0; r < rows; r++) {
-        sum[first_row + r] += sums[i * rows + r];
-        top[first_row + r] = std::max(top[first_row + r], tops[i * rows + r]);
-      }
-    if (!acc) continue;
-    at::parallel_for(0, blocks * h.column_blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t id = begin; id < end; id++) {
-        const int64_t row = id % blocks * kRows, b = id / blocks, column = b * h.columns;
-        for (int64_t i = 0; i < n; i++) {
-          h.product(std::min(kRows, rows - row), h.columns_of(b), round_up(h.tokens_of(first + i), h.pair),
-                    by_row + i * e_size + row * kVocab, kVocab, w + i * w_size + column * kVocab, h.columns,
-                    acc + row * h.ld + column, h.ld, first + i > 0);
-        }
+struct Sweep {
+  const Head<T>& h;
+  const std::vector<int64_t>& groups;
+  double* sum;  // (R,) of the row pass
+  float* top;  // (R,) maxima of z - ref
+  T *dw, *extra;  // where E is kept, or null
+  int64_t extra_rows;
+  float* product;  // (R, D) E^T W, or null
+
+  const int64_t ranges = ceil_div(h.tiles, kRange), count = groups.size();
+  const int64_t most_rows = std::min(kGroup * kRows, h.padded_rows);
+  Turns turns{std::vector<int64_t>(ceil_div(h.row_blocks, kGroup))};
+
+  void run() {
+    for_each_task(ranges * count, [&](const auto& take) {
+      try {
+        work(take);
+      } catch (...) {
+        turns.fail();
+        throw;
       }
       h.products_done();
     });
   }
-}
+
+  template <typename Take>
+  void work(const Take& take) {
+    const int64_t w_size = h.all_columns * kVocab, e_size = most_rows * kVocab;
+    const Tensor floats = buffer<float>(h.scratch + 3 * most_rows + (product ? most_rows * h.ld : 0));
+    const Tensor operands = buffer<T>(kVocab * kRows + (product ? kChunk * (e_size + w_size) : 0));
+    float *z = floats.data_ptr<float>(), *part = z + h.scratch, *part_top = part + most_rows;
+    float *tops = part_top + most_rows, *acc = tops + most_rows;  // acc: E^T W of the task, (rows, ld)
+    T *not_kept = operands.data_ptr<T>(), *by_row = not_kept + kVocab * kRows, *w = by_row + kChunk * e_size;
+    std::vector<double> sums(most_rows);
+    for (int64_t id = take(); id < ranges * count; id = take()) {
+      const int64_t group = groups[id % count], range = id / count;
+      const int64_t first_block = group * kGroup, end_block = std::min(first_block + kGroup, h.row_blocks);
+      const int64_t first_row = first_block * kRows, rows = std::min(end_block * kRows, h.padded_rows) - first_row;
+      const int64_t last = std::min((range + 1) * kRange, h.tiles);
+      std::fill(sums.begin(), sums.end(), 0.);
+      std::fill_n(tops, rows, -kInfinity);
+      for (int64_t first = range * kRange; first < last; first += kChunk) {
+        const int64_t n = std::min(kChunk, last - first);
+        for (int64_t i = 0; i < n; i++) {
+          for (int64_t block = first_block, row = 0; block < end_block; block++, row += kRows) {
+            T* keep = h.kept(dw, extra, extra_rows, first + i, block);
+            h.tile(first + i, block, z, part + row, part_top + row, keep ? keep : not_kept,
+                   product ? by_row + i * e_size + row * kVocab : nullptr);
+          }
+          for (int64_t r = 0; r < rows; r++) {
+            sums[r] += part[r];
+            tops[r] = std::max(tops[r], part_top[r]);
+          }
+          if (product) h.pack_weight(first + i, w + i * w_size);
+        }
+        for (int64_t column = 0; product && column < h.D; column += h.columns)
+          for (int64_t row = 0; row < rows; row += kRows)
+            for (int64_t i = 0; i < n; i++) {
+              h.product(std::min(kRows, rows - row), std::min(h.columns, h.D - column),
+                        round_up(h.tokens_of(first + i), h.pair), by_row + i * e_size + row * kVocab, kVocab,
+                        w + i * w_size + column * kVocab, h.columns, acc + row * h.ld + column, h.ld,
+                        first + i > range * kRange);
+            }
+      }
+      turns.wait(group, range);
+      for (int64_t r = 0; r < std::min(rows, h.R - first_row); r++) {
+        const int64_t to = first_row + r;
+        sum[to] = sums[r] + (range ? sum[to] : 0.);
+        top[to] = std::max(tops[r], range ? top[to] : -kInfinity);
+        float* total = product + to * h.D;
+        for (int64_t d = 0; product && d < h.D; d++) total[d] = acc[r * h.ld + d] + (range ? total[d] : 0.f);
+      }
+      turns.pass(group);
+    }
+  }
+};
 
 // -> logp (R,), row (3, R): ref, f and q, dX / g (R, D), E in the memory of dW (V, D), more of E (V * extra_rows,).
 template <typename T>
@@ -129,41 +196,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Head<T> h, bool need_
       h.ref[r] = std::isfinite(hit[r].first) ? hit[r].first : 0.;
     }
   });
-  std::vector<double> sum(h.padded_rows);
-  std::vector<float> top(h.padded_rows);
-  float *p = logp.data_ptr<float>(), *ref = row.data_ptr<float>(), *f = ref + h.R, *q = f + h.R,
-        *dx = d_hidden.data_ptr<float>();
-  const int64_t group = std::min(h.row_blocks, std::max<int64_t>(kGroup, 2 * at::get_num_threads()));
-  const Tensor acc = buffer<float>(need_hidden ? group * kRows * h.ld : 0);
-  for (int64_t block = 0; block < h.row_blocks; block += group) {
-    const int64_t end_block = std::min(block + group, h.row_blocks), first_row = block * kRows,
-                  end_row = std::min(end_block * kRows, h.R);
-    const auto run = [&] {
-      sweep(h, block, end_block, sum.data(), top.data(), keep ? kept.data_ptr<T>() : nullptr, extra.data_ptr<T>(),
-            extra_rows, need_hidden ? acc.data_ptr<float>() : nullptr);
-    };
-    run();
-    bool again = false;
-    for (int64_t r = first_row; r < end_row; r++)
-      if (top[r] > kHeadroom) {
-        h.ref[r] += top[r];
-        again = true;
-      }
-    if (again) run();
-    at::parallel_for(first_row, end_row, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; r++) {
-        const double z = hit[r].first - h.ref[r], total = std::exp(z) + sum[r];
-        p[r] = z > -500. ? -std::log1p(sum[r] * std::exp(-z)) : z - std::log(sum[r]);
-        ref[r] = h.ref[r];
-        f[r] = 1. / total;
-        q[r] = sum[r] / total * hit[r].second;
-        const T* own = h.w + h.target[r] * h.D;
-        const float* others = acc.const_data_ptr<float>() + (r - first_row) * h.ld;
-        for (int64_t d = 0; need_hidden && d < h.D; d++)
-          dx[r * h.D + d] = q[r] * static_cast<float>(own[d]) - f[r] * others[d];
-      }
-    });
+  std::vector<double> sum(h.R);
+  std::vector<float> top(h.R);
+  float* dx = need_hidden ? d_hidden.data_ptr<float>() : nullptr;
+  std::vector<int64_t> groups(ceil_div(h.row_blocks, kGroup));
+  std::iota(groups.begin(), groups.end(), 0);
+  const auto run = [&] {
+    T* dw = keep ? kept.data_ptr<T>() : nullptr;
+    Sweep<T>{h, groups, sum.data(), top.data(), dw, extra.data_ptr<T>(), extra_rows, dx}.run();
+  };
+  run();
+  groups.clear();  // those with a row whose reference was too low
+  for (int64_t r = 0; r < h.R; r++) {
+    if (!(top[r] > kHeadroom)) continue;
+    h.ref[r] += top[r];
+    if (groups.empty() || groups.back() != r / (kGroup * kRows)) groups.push_back(r / (kGroup * kRows));
   }
+  if (!groups.empty()) run();
+  float *p = logp.data_ptr<float>(), *ref = row.data_ptr<float>(), *f = ref + h.R, *q = f + h.R;
+  at::parallel_for(0, h.R, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      const double z = hit[r].first - h.ref[r], total = std::exp(z) + sum[r];
+      p[r] = z > -500. ? -std::log1p(sum[r] * std::exp(-z)) : z - std::log(sum[r]);
+      ref[r] = h.ref[r];
+      f[r] = 1. / total;
+      q[r] = sum[r] / total * hit[r].second;
+      const T* own = h.w + h.target[r] * h.D;
+      for (int64_t d = 0; dx && d < h.D; d++) {
+        dx[r * h.D + d] = q[r] * static_cast<float>(own[d]) - f[r] * dx[r * h.D + d];
+      }
+    }
+  });
   return {logp, row, d_hidden, kept, extra};
 }
 
@@ -191,22 +254,23 @@ Tensor backward(Head<T> h, const float* grad, const float* row, T* dw, T* kept, 
     }
   });
   const Tensor d_bias = at::empty({need_bias ? h.V : 0}, h.hidden.options().dtype(at::kFloat));
-  const int64_t threads = at::get_num_threads(), per_thread = h.scratch + kVocab * h.ld + 2 * kRows;
-  const Tensor scratch = buffer<float>(threads * per_thread), e_scratch = buffer<T>(threads * kGroup * kVocab * kRows);
-  at::parallel_for(0, h.tiles, 1, [&](int64_t begin, int64_t end) {
-    float* z = scratch.data_ptr<float>() + at::get_thread_num() * per_thread;
-    float *acc = z + h.scratch, *ignored = acc + kVocab * h.ld;  // acc: dW of the tile, (kVocab, ld)
+  for_each_task(h.tiles, [&](const auto& take) {
+    const Tensor floats = buffer<float>(h.scratch + kVocab * h.ld + 2 * kRows);
+    const Tensor es = buffer<T>(kBlocks * kVocab * kRows);
+    float *z = floats.data_ptr<float>(), *acc = z + h.scratch, *ignored = acc + kVocab * h.ld;  // acc: dW, (kVocab, ld)
     std::vector<double> db(kVocab);
-    T *e_own = e_scratch.data_ptr<T>() + at::get_thread_num() * kGroup * kVocab * kRows, *e[kGroup];
-    for (int64_t tile = begin; tile < end; tile++) {
+    T* e[kBlocks];
+    for (int64_t tile = take(); tile < h.tiles; tile = take()) {
       const int64_t tokens = h.tokens_of(tile), first = tile * kVocab;
       std::fill(db.begin(), db.end(), 0.);
       if (!h.R) std::fill_n(acc, kVocab * h.ld, 0.f);
-      for (int64_t block = 0; block < h.row_blocks; block += kGroup) {
-        const int64_t blocks = std::min(kGroup, h.row_blocks - block);
+      for (int64_t block = 0; block < h.row_blocks; block += kBlocks) {
+        const int64_t blocks = std::min(kBlocks, h.row_blocks - block);
         for (int64_t i = 0; i < blocks; i++) {
           e[i] = h.kept(kept, extra, extra_rows, tile, block + i);
-          if (!e[i]) h.tile(tile, block + i, z, ignored, ignored + kRows, e[i] = e_own + i * kVocab * kRows, nullptr);
+          if (e[i]) continue;
+          e[i] = es.data_ptr<T>() + i * kVocab * kRows;
+          h.tile(tile, block + i, z, ignored, ignored + kRows, e[i], nullptr);
         }
         for (int64_t b = 0; dw && b < h.column_blocks; b++)
           for (int64_t i = 0; i < blocks; i++) {
