@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepdpo_kernels import _dispatch
 from stepdpo_kernels.ops.tree_attention import blocks, cpu, tree_attention
@@ -287,6 +289,29 @@ def test_processors_with_and_without_products_of_the_dtype(
     for name, a, b, c in zip(["output", "dQ", "dK", "dV"], ours, theirs, oracle, strict=True):
         assert a.dtype == dtype
         assert_as_good_as_eager(name, a, b, c, dtype)
+
+
+class _Products(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_matrices = self.of_batches = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.of_matrices += func is torch.ops.aten.addmm_.default
+        self.of_batches += func is torch.ops.aten.baddbmm_.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("groups", [3, 4])
+def test_three_large_matrices_on_two_threads(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    monkeypatch.setattr(cpu, "LARGE_PRODUCT", 0)
+    torch.set_num_threads(2)  # _one_thread puts it back
+    plan = _chains(40)
+    _close(plan, None, (2 * groups, groups))
+    qkv = [x.float() for x in _qkv(plan, (2 * groups, groups))]
+    with _Products() as products:
+        tree_attention(*qkv, plan, scale=0.3, impl="cpu")
+    assert (products.of_matrices, products.of_batches) == ((6, 0) if groups == 3 else (0, 2))
 
 
 @pytest.mark.parametrize("segment_keys", [0, 4])

@@ -22,6 +22,8 @@ from stepdpo_kernels.types import TreePlan
 
 # P is kept for backward where it takes at most this many times the memory of the queries; else it is computed anew.
 KEPT_PROBABILITIES = 4
+# Multiplications in a product from which on it pays to use all threads for it: see benchmarks/NOTES.md.
+LARGE_PRODUCT = 1 << 22
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,13 +50,25 @@ def _keys(x: Tensor, rows: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
     return x.index_select(0, rows).to(dtype).view(chunk.shape[0] * chunk.groups, chunk.shape[2], x.shape[1])
 
 
+def _multiply(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """out = beta out + alpha a b, over a batch of matrices."""
+    batch, threads = a.shape[0], torch.get_num_threads()
+    busy = batch / (-(-batch // threads) * threads)  # MKL gives each matrix of a batch to one thread, oneDNN does not
+    if a.dtype in (torch.float32, torch.float64) and busy < 0.8 and a[0].numel() * b.shape[2] >= LARGE_PRODUCT:
+        for of_out, of_a, of_b in zip(out, a, b, strict=True):
+            of_out.addmm_(of_a, of_b, beta=beta, alpha=alpha)
+        return out
+    return out.baddbmm_(a, b, beta=beta, alpha=alpha)
+
+
 def _probabilities(query: Tensor, key: Tensor, mask: Tensor, chunk: Chunk, scale: float, dtype: torch.dtype) -> Tensor:
     """P, (blocks * G, n * heads of a group, m) in `dtype`."""
     blocks, n, m = chunk.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     heads = query.shape[1] // n
     scores = torch.empty(blocks, chunk.groups, n, heads, m, dtype=wide).copy_(mask[:, None, :, None])
-    scores = scores.view(blocks * chunk.groups, n * heads, m).baddbmm_(query.to(wide), key.to(wide).mT, alpha=scale)
+    scores = scores.view(blocks * chunk.groups, n * heads, m)
+    _multiply(scores, query.to(wide), key.to(wide).mT, alpha=scale, beta=1)
     return torch.softmax(scores, dim=-1, out=scores).to(dtype)
 
 
@@ -94,7 +108,7 @@ class _BlockAttention(torch.autograd.Function):
                 probabilities.append(p)
             end = at + chunk.query_rows.numel()
             out = output[at:end].view(*p.shape[:2], value.shape[2])
-            torch.bmm(p, _keys(v, rows, chunk, dtype), out=out)
+            _multiply(out, p, _keys(v, rows, chunk, dtype))
             at = end
         ctx.save_for_backward(query, key, value, *probabilities)
         ctx.blocks, ctx.scale = blocks, scale
@@ -124,10 +138,11 @@ class _BlockAttention(torch.autograd.Function):
                 if p is None:
                     p = _probabilities(queries, keys, mask, chunk, scale, dtype)
                 q_end, k_end = q_at + chunk.query_rows.numel(), k_at + rows.numel()
-                torch.bmm(p.mT, up, out=value_parts[k_at:k_end].view_as(values))
-                d_scores = torch.ops.aten._softmax_backward_data(torch.bmm(up, values.mT), p, -1, dtype)
-                d_query[q_at:q_end].view_as(queries).baddbmm_(d_scores, keys, beta=0, alpha=scale)
-                key_parts[k_at:k_end].view_as(keys).baddbmm_(d_scores.mT, queries, beta=0, alpha=scale)
+                _multiply(value_parts[k_at:k_end].view_as(values), p.mT, up)
+                d_p = _multiply(torch.empty_like(p), up, values.mT)
+                d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, dtype)
+                _multiply(d_query[q_at:q_end].view_as(queries), d_scores, keys, alpha=scale)
+                _multiply(key_parts[k_at:k_end].view_as(keys), d_scores.mT, queries, alpha=scale)
                 q_at, k_at = q_end, k_end
             d_key = _sums(key_parts, segment, d_key, k.shape[0])
             d_value = _sums(value_parts, segment, d_value, v.shape[0])
