@@ -230,6 +230,26 @@ def test_autocast(impl: str) -> None:
         assert gradient.dtype == torch.float32
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_backward_inside_autocast_is_the_same(impl: str) -> None:
+    hidden, weight, _, target, upstream = _inputs()
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    outside, inside = (linear_logprob(hidden, weight, target, impl=impl) for _ in range(2))
+    expected = torch.autograd.grad(outside, leaves, upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad(inside, leaves, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_hidden_state_for_all_rows(impl: str) -> None:
+    _, weight, *_ = _inputs(torch.bfloat16, size=64)
+    target = torch.randint(V, (R,))
+    rows = weight[:1].expand(R, 64)  # a stride of 0, which no descriptor takes
+    expected = linear_logprob(rows.contiguous(), weight, target, impl=impl)
+    assert torch.equal(linear_logprob(rows, weight, target, impl=impl), expected)
+
+
 @pytest.mark.parametrize("learns", ["both", "hidden"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(impl: str, learns: str) -> None:

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepdpo_kernels.ops.linear_logprob import triton_kernel
-from stepdpo_kernels.ops.linear_logprob.triton_kernel import Problem, add_product, product, scaled
+from stepdpo_kernels.ops.linear_logprob.triton_kernel import Problem, add_product, around_launches, product, scaled
 
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 32 * 1024 * 1024  # of float32 logits that backward computes again: they stay in the L2 cache
@@ -164,14 +164,15 @@ def _forward(
     # The rows that may be kept and the others in chunks of their own, so that a chunk is the one or the other; and
     # whether they are kept or not, so that policy and reference go through the same products.
     edges = [*range(0, kept, size), *range(kept, p.rows, size), p.rows]
-    for start, stop in pairwise(edges):
-        logits = product(p.x[start:stop], p.w.T, out=buffer[: stop - start, : p.vocabulary])
-        keep_these = keep and stop <= kept
-        q = (kept_q[start:stop] if keep_these else buffer.view(dtype)[: stop - start])[:, : p.vocabulary]
-        write = need_hidden or keep_these
-        _rows(p, slice(start, stop), 0, logits, q, logp, stats, REDUCE=True, WRITE=write)
-        if need_hidden:
-            product(q, p.w, out=d_hidden[start:stop])
+    with around_launches(hidden):
+        for start, stop in pairwise(edges):
+            logits = product(p.x[start:stop], p.w.T, out=buffer[: stop - start, : p.vocabulary])
+            keep_these = keep and stop <= kept
+            q = (kept_q[start:stop] if keep_these else buffer.view(dtype)[: stop - start])[:, : p.vocabulary]
+            write = need_hidden or keep_these
+            _rows(p, slice(start, stop), 0, logits, q, logp, stats, REDUCE=True, WRITE=write)
+            if need_hidden:
+                product(q, p.w, out=d_hidden[start:stop])
     return logp, stats, d_hidden, kept_q
 
 
@@ -208,28 +209,29 @@ def _weight_gradients(
     gx = scaled(p.x, grad) if need_weight else hidden.new_empty(0)
     d_weight = torch.empty(p.vocabulary if need_weight else 0, p.hidden_size, dtype=dtype, device=device)
     d_bias = torch.empty(p.vocabulary if need_bias else 0, dtype=torch.float32, device=device)
-    if kept == p.rows and need_weight and not need_bias:
-        return torch.mm(kept_q[:, : p.vocabulary].T, gx, out=d_weight), d_bias
-    rest = slice(kept, p.rows)
-    columns = min(p.vocabulary, max(8, CHUNK_BYTES // (4 * p.rows) // 8 * 8))
-    buffer = torch.empty(p.rows - kept, triton.cdiv(columns, 8) * 8, dtype=torch.float32, device=device)
-    for start in range(0, p.vocabulary, columns):
-        part = slice(start, min(start + columns, p.vocabulary))
-        pieces = [(kept_q[:, part], slice(0, kept))] if kept else []
-        if kept < p.rows:
-            size = part.stop - start
-            logits = product(p.x[rest], p.w[part].T, out=buffer[:, :size])
-            q = buffer.view(dtype)[:, :size]
-            _rows(p, rest, start, logits, q, grad, stats, REDUCE=False, WRITE=True)
-            pieces.append((q, rest))
-        if need_weight and len(pieces) == 1:
-            torch.mm(pieces[0][0].T, gx[pieces[0][1]], out=d_weight[part])
-        elif need_weight:
-            total = product(pieces[0][0].T, gx[pieces[0][1]])
-            add_product(total, pieces[1][0].T, gx[pieces[1][1]])
-            d_weight[part] = total
-        if need_bias:
-            d_bias[part] = sum((grad[rows, None] * q).sum(dim=0) for q, rows in pieces)
+    with around_launches(hidden):
+        if kept == p.rows and need_weight and not need_bias:
+            return torch.mm(kept_q[:, : p.vocabulary].T, gx, out=d_weight), d_bias
+        rest = slice(kept, p.rows)
+        columns = min(p.vocabulary, max(8, CHUNK_BYTES // (4 * p.rows) // 8 * 8))
+        buffer = torch.empty(p.rows - kept, triton.cdiv(columns, 8) * 8, dtype=torch.float32, device=device)
+        for start in range(0, p.vocabulary, columns):
+            part = slice(start, min(start + columns, p.vocabulary))
+            pieces = [(kept_q[:, part], slice(0, kept))] if kept else []
+            if kept < p.rows:
+                size = part.stop - start
+                logits = product(p.x[rest], p.w[part].T, out=buffer[:, :size])
+                q = buffer.view(dtype)[:, :size]
+                _rows(p, rest, start, logits, q, grad, stats, REDUCE=False, WRITE=True)
+                pieces.append((q, rest))
+            if need_weight and len(pieces) == 1:
+                torch.mm(pieces[0][0].T, gx[pieces[0][1]], out=d_weight[part])
+            elif need_weight:
+                total = product(pieces[0][0].T, gx[pieces[0][1]])
+                add_product(total, pieces[1][0].T, gx[pieces[1][1]])
+                d_weight[part] = total
+            if need_bias:
+                d_bias[part] = sum((grad[rows, None] * q).sum(dim=0) for q, rows in pieces)
     return d_weight, d_bias
 
 

@@ -13,6 +13,8 @@ Four products for a full backward, three for a frozen head, one for log-probs. E
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -278,6 +280,13 @@ def why_not(inputs: dict[str, Any]) -> list[str]:
 # ---- launchers ------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def around_launches(x: Tensor) -> Iterator[None]:
+    """Triton launches on the current device, which need not be that of x; library products follow autocast."""
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        yield
+
+
 class Problem:
     """What every launch needs: matrices with neighbouring columns, options as numbers, tiles for this device."""
 
@@ -308,7 +317,8 @@ class Problem:
         """X and W as descriptors where that helps and the hardware can follow them: 16-byte rows, tensor cores."""
         narrow = self.x.element_size() == 2  # in float32 a descriptor's tiles spill registers
         aligned = narrow and all(
-            t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (self.x, self.w)
+            t.data_ptr() % 16 == 0 and t.stride(0) >= t.shape[1] and t.stride(0) * t.element_size() % 16 == 0
+            for t in (self.x, self.w)
         )
         tma = aligned and (INTERPRETED or target_of(self.x.device) in (("cuda", 90), ("cuda", 100)))
         if not tma:
@@ -409,7 +419,8 @@ def partials(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `chunked.partials`."""
     target = torch.where((target >= 0) & (target < weight.shape[0]), target, -1)  # no column's number
-    return parts_of(Problem(hidden, weight, target, bias, softcap, logit_scale))
+    with around_launches(hidden):
+        return parts_of(Problem(hidden, weight, target, bias, softcap, logit_scale))
 
 
 def gradients(
@@ -427,7 +438,9 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `chunked.gradients`."""
     problem = Problem(hidden, weight, target, bias, softcap, logit_scale)
-    return backward(problem, grad, torch.stack([lse, torch.zeros_like(lse)]), need_hidden, need_weight, need_bias)
+    stats = torch.stack([lse, torch.zeros_like(lse)])
+    with around_launches(hidden):
+        return backward(problem, grad, stats, need_hidden, need_weight, need_bias)
 
 
 def scaled(x: Tensor, grad: Tensor) -> Tensor:
@@ -464,7 +477,8 @@ def _fused(
     softcap: float | None,
     logit_scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    return forward(Problem(hidden, weight, target, bias, softcap, logit_scale))
+    with around_launches(hidden):
+        return forward(Problem(hidden, weight, target, bias, softcap, logit_scale))
 
 
 @_fused.register_fake
@@ -488,7 +502,8 @@ def _fused_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem(hidden, weight, target, bias, softcap, logit_scale)
-    dx, dw, db = backward(problem, grad, stats, need_hidden, need_weight, need_bias)
+    with around_launches(hidden):
+        dx, dw, db = backward(problem, grad, stats, need_hidden, need_weight, need_bias)
     nothing = hidden.new_empty(0, hidden.shape[1])
     return (
         nothing if dx is None else dx.to(hidden.dtype),

@@ -193,12 +193,13 @@ def _pair_loss(
     """losses (P,), logps (2P,), and (4, P): rewards, margins, derivative of a loss by its chosen log-prob."""
     pairs = chosen.shape[0]
     losses, logps, stats = (token_logps.new_empty(shape) for shape in ((pairs,), (2 * pairs,), (4, pairs)))
-    if pairs:
-        _forward_kernel[(pairs,)](
-            token_logps.contiguous(), index, lengths.cumsum(0), lengths, chosen.contiguous(), rejected.contiguous(),
-            ref_logps, weights, losses, logps, stats, pairs, beta, label_smoothing,
-            REFERENCE=ref_logps is not None, WEIGHTS=weights is not None, **_LAUNCH,
-        )  # fmt: skip
+    with torch.cuda.device_of(token_logps):  # Triton launches on the current device
+        if pairs:
+            _forward_kernel[(pairs,)](
+                token_logps.contiguous(), index, lengths.cumsum(0), lengths, chosen.contiguous(), rejected.contiguous(),
+                ref_logps, weights, losses, logps, stats, pairs, beta, label_smoothing,
+                REFERENCE=ref_logps is not None, WEIGHTS=weights is not None, **_LAUNCH,
+            )  # fmt: skip
     return losses, logps, stats
 
 
@@ -216,14 +217,15 @@ def _token_gradients(
     pairs, rows = chosen.shape[0], t_lengths.shape[0]
     branch_grad = torch.empty(branches, dtype=torch.float64, device=grad.device)
     token_grad = torch.empty(rows, dtype=torch.float32, device=grad.device)
-    if branches:
-        _branch_gradient_kernel[(branches,)](
-            grad.contiguous(), chosen.contiguous(), rejected.contiguous(), branch_grad, pairs, **_LAUNCH
-        )
-    if rows:
-        _token_gradient_kernel[(triton.cdiv(rows, BLOCK),)](
-            branch_grad, t_index, t_lengths.cumsum(0), t_lengths, token_grad, rows, **_LAUNCH
-        )
+    with torch.cuda.device_of(grad):
+        if branches:
+            _branch_gradient_kernel[(branches,)](
+                grad.contiguous(), chosen.contiguous(), rejected.contiguous(), branch_grad, pairs, **_LAUNCH
+            )
+        if rows:
+            _token_gradient_kernel[(triton.cdiv(rows, BLOCK),)](
+                branch_grad, t_index, t_lengths.cumsum(0), t_lengths, token_grad, rows, **_LAUNCH
+            )
     return token_grad
 
 
