@@ -9,7 +9,7 @@ from __future__ import annotations
 LIBRARY, TRITON, BYTES = 700e12, 400e12, 3.35e12  # FLOP/s, FLOP/s, bytes/s
 HEADS = {"Qwen2-7B": (3584, 152_064), "Llama-3-8B": (4096, 128_256), "Qwen2-72B": (8192, 152_064)}
 ROWS = (1024, 4096, 16_384)
-CHUNK_ROWS, Q_BYTES = 1024, 32 * 2**20  # of triton_chunked and triton_kernel
+CHUNK_ROWS, Q_BYTES, SUM_ROWS, MIN_COLUMNS = 1024, 32 * 2**20, 1024, 512  # of triton_chunked and triton_kernel
 
 
 def kept_rows(rows: int, hidden_size: int) -> int:
@@ -17,17 +17,21 @@ def kept_rows(rows: int, hidden_size: int) -> int:
 
 
 def milliseconds(path: str, rows: int, size: int, vocabulary: int) -> float:
-    """Products, and what the row kernel moves; a path is an implementation and what it computes."""
+    """Products, and what is moved beside them; a path is an implementation and what it computes.
+
+    Moved are logits by the kernels over rows, and by the fused path the float32 sum of dX, for each chunk of columns.
+    """
     product = 2 * rows * size * vocabulary  # FLOP
     logits = rows * vocabulary
     kept = kept_rows(rows, size) / rows
+    chunks = -(-vocabulary // max(MIN_COLUMNS, Q_BYTES // (2 * rows)))
     library, triton, moved = {
-        "chunked, full": (3 + (1 - kept), 0.0, 10 + 6 * (1 - kept)),
-        "chunked, frozen": (2.0, 0.0, 10.0),
-        "chunked, logp": (1.0, 0.0, 4.0),
-        "fused, full": (2.0, 2.0, 0.0),
+        "chunked, full": (3 + (1 - kept), 0.0, (10 + 6 * (1 - kept)) * logits),
+        "chunked, frozen": (2.0, 0.0, 10.0 * logits),
+        "chunked, logp": (1.0, 0.0, 4.0 * logits),
+        "fused, full": (2.0, 2.0, 8.0 * chunks * rows * size),
     }[path]
-    return 1e3 * (library * product / LIBRARY + triton * product / TRITON + moved * logits / BYTES)
+    return 1e3 * (library * product / LIBRARY + triton * product / TRITON + moved / BYTES)
 
 
 def gibibytes(path: str, rows: int, size: int, vocabulary: int) -> float:
@@ -39,7 +43,7 @@ def gibibytes(path: str, rows: int, size: int, vocabulary: int) -> float:
         "chunked, full": chunk + kept + sums,
         "chunked, frozen": chunk + sums,
         "chunked, logp": chunk,
-        "fused, full": Q_BYTES + sums + 2 * rows * size,
+        "fused, full": max(Q_BYTES, 2 * rows * MIN_COLUMNS) + sums + 2 * rows * size + 4 * min(rows, SUM_ROWS) * size,
     }[path]
     return total / 2**30
 

@@ -76,9 +76,8 @@ def launches(target: tuple[str, int]) -> Iterator[list[tuple[str, Any]]]:
         JITFunction.run, triton_kernel.target_of, triton_kernel.processors = run, target_of, processors
 
 
-def head(dtype: torch.dtype, size: int, bias: bool, softcap: bool) -> None:
+def head(dtype: torch.dtype, rows: int, size: int, vocabulary: int, bias: bool, softcap: bool) -> None:
     """Forward and backward of both heads; an odd size keeps rows from beginning at multiples of 16 bytes."""
-    rows, vocabulary = 1024, 512
     hidden, weight = torch.zeros(rows, size, dtype=dtype), torch.zeros(vocabulary, size, dtype=dtype)
     options = (torch.zeros(vocabulary, dtype=dtype) if bias else None, 30.0 if softcap else None, None)
     problem = (hidden, weight, torch.zeros(rows, dtype=torch.int64), *options)
@@ -106,9 +105,11 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         name = f"pair-{count}{'-reference' * reference}{'-weights' * weights}"
         yield name, lambda n=count, reference=reference, weights=weights: pair(n, n, reference, weights)
     sixteen, thirty_two = (torch.bfloat16, torch.float16), (torch.float32,)
-    for dtype, size, bias, softcap in itertools.product(sixteen + thirty_two, (128, 67), (False, True), (False, True)):
-        name = f"head-{str(dtype).removeprefix('torch.')}-{size}{'-bias' * bias}{'-softcap' * softcap}"
-        yield name, lambda dtype=dtype, size=size, bias=bias, softcap=softcap: head(dtype, size, bias, softcap)
+    shapes = ((1024, 128, 512), (1023, 67, 509), (1, 128, 1000))  # numbers divisible by 16, not, and 1
+    for dtype, shape, bias, softcap in itertools.product(sixteen + thirty_two, shapes, (False, True), (False, True)):
+        kind = f"{str(dtype).removeprefix('torch.')}-{shape[0]}"
+        name = f"head-{kind}{'-bias' * bias}{'-softcap' * softcap}"
+        yield name, lambda d=dtype, s=shape, bias=bias, softcap=softcap: head(d, *s, bias, softcap)
 
 
 def resources(kernel: Any, target: tuple[str, int]) -> dict[str, Any]:

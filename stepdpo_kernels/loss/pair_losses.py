@@ -85,4 +85,4 @@ def pair_losses(
 
 def per_token(logps: Tensor, lengths: Tensor) -> Tensor:
     """logps / lengths, where a length of 0 counts as 1: the sum over no tokens is 0 already."""
-    return logps / lengths.masked_fill(lengths == 0, 1)
+    return logps / lengths.masked_fill(lengths == 0, 1).to(logps.dtype)

@@ -19,6 +19,8 @@ def test_the_readme_has_the_table() -> None:
 def test_sizes_are_those_of_the_implementations() -> None:
     assert roofline.CHUNK_ROWS == triton_chunked.CHUNK_ROWS
     assert roofline.Q_BYTES == triton_kernel.Q_BYTES
+    assert roofline.SUM_ROWS == triton_kernel.SUM_ROWS
+    assert roofline.MIN_COLUMNS == triton_kernel.MIN_COLUMNS == triton_chunked.MIN_COLUMNS
     for rows, size in ((1024, 3584), (16_384, 3584)):
         assert roofline.kept_rows(rows, size) == triton_chunked.kept_rows(rows, size, torch.bfloat16)
 

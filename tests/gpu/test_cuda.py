@@ -81,10 +81,12 @@ def test_heads_are_as_good_as_eager(impl: str, shape: str, dtype: torch.dtype, o
         assert_as_good_as_eager(what, *of_all, dtype)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+@pytest.mark.parametrize("vocabulary", [20_001, 20_016])  # accesses of one element, and wide ones
 @pytest.mark.parametrize("impl", ["triton_chunked", "triton_fused"])
-def test_heads_give_the_same_bits_with_and_without_gradients(impl: str) -> None:
-    hidden, weight = (torch.randn(n, 256, device="cuda", dtype=torch.bfloat16) for n in (3000, 20_001))
-    target = torch.randint(20_001, (3000,), device="cuda")
+def test_heads_give_the_same_bits_with_and_without_gradients(impl: str, vocabulary: int, scale: float) -> None:
+    hidden, weight = (scale * torch.randn(n, 256, device="cuda").bfloat16() for n in (3000, vocabulary))
+    target = torch.randint(vocabulary, (3000,), device="cuda")
     results = []
     for _ in range(2):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight)]

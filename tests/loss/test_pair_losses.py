@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stepdpo_kernels.loss import LOSS_TYPES, StepDPOLoss
-from stepdpo_kernels.loss.pair_losses import pair_losses
+from stepdpo_kernels.loss.pair_losses import pair_losses, per_token
 from stepdpo_kernels.loss.reference import step_dpo_loss
 from stepdpo_kernels.packing import SHARE_MODES, build_batch
 from stepdpo_kernels.types import PackedBatch, StepPair
@@ -473,3 +473,8 @@ def test_arguments_that_do_not_fit(layout: str) -> None:
         _call(layout, StepDPOLoss(loss_type="ipo"), None)
     with pytest.raises(ValueError, match="no loss_type 'dpo'"):
         step_dpo_loss(torch.zeros(2, 1, 3), torch.zeros(2, 1, dtype=torch.int64), loss_type="dpo")
+
+
+def test_token_weights_leave_float32() -> None:
+    lengths = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    assert per_token(torch.ones(2), lengths).dtype == torch.float32

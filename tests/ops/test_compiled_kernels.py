@@ -31,13 +31,14 @@ def check(status: int, lines: list[dict[str, Any]]) -> None:
 
 
 def test_the_usual_kernels() -> None:
-    cases = ["head-bfloat16-128", "head-float32-67-bias-softcap", "pair-17"]
+    cases = ["head-bfloat16-1024", "head-float32-1023-bias-softcap", "pair-17"]
     status, lines = compile_kernels("--only", *cases)
     check(status, lines)
     assert {line["kernel"] for line in lines} >= {
         "_forward_kernel",
         "_q_kernel",
-        "_row_kernel",
+        "_reduce_kernel",
+        "_gradient_kernel",
         "_branch_gradient_kernel",
         "_token_gradient_kernel",
     }
@@ -66,6 +67,6 @@ def test_all_kernels() -> None:
     ],
 )
 def test_a_broken_kernel_is_found(what: str, fault: str) -> None:
-    status, lines = compile_kernels("--only", "head-bfloat16-128-bias-softcap", "--break", what)
+    status, lines = compile_kernels("--only", "head-bfloat16-1024-bias-softcap", "--break", what)
     assert status == 1
     assert any(fault in text for line in lines for text in line["faults"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepdpo_kernels import linear_logprob, use_impl
+from stepdpo_kernels import _dispatch, linear_logprob, use_impl
 from tests.allocations import Allocations
 from tests.numerics import assert_as_good_as_eager, eager_logprob, value_and_gradients
 
@@ -58,8 +58,11 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 rows in forward; of 128 (fused) and 24 (chunked) columns in backward."""
     monkeypatch.setattr(triton_chunked, "CHUNK_ROWS", 16)
     monkeypatch.setattr(triton_chunked, "chunk_rows", lambda vocabulary, device: 16)
-    monkeypatch.setattr(triton_chunked, "CHUNK_BYTES", 4 * R * 24)
+    monkeypatch.setattr(triton_chunked, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(triton_chunked, "MIN_COLUMNS", 24)
     monkeypatch.setattr(triton_kernel, "Q_BYTES", 1)
+    monkeypatch.setattr(triton_kernel, "MIN_COLUMNS", 1)
+    monkeypatch.setattr(triton_kernel, "SUM_ROWS", 16)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -290,13 +293,12 @@ def test_why_not() -> None:
     assert "bias is torch.float64" in triton_kernel.why_not(double)[1]
 
 
-def test_auto_leaves_the_interpreter_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_leaves_the_interpreter_alone() -> None:
     hidden, weight, _, target, _ = _inputs()
-    from stepdpo_kernels import _dispatch
-
     chosen = _dispatch.choose(
         "linear_logprob", "auto", {"hidden": hidden, "weight": weight, "target": target, "bias": None}
     )
     assert chosen.name not in IMPLS
     with use_impl("triton_fused"):
-        assert linear_logprob(hidden, weight, target).shape == (R,)
+        named = linear_logprob(hidden, weight, target)
+    assert torch.equal(named, linear_logprob(hidden, weight, target, impl="triton_fused"))

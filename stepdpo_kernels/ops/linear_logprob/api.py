@@ -165,6 +165,12 @@ def _triton_why_not_auto(inputs: dict[str, Any]) -> list[str]:
     return ["Triton's interpreter is for tests"] if inputs["hidden"].device.type == "cpu" else []
 
 
+def _triton_chunked_why_not_auto(inputs: dict[str, Any]) -> list[str]:
+    narrow = inputs["hidden"].dtype.itemsize == 2
+    slow = ["without float32 outputs of 16-bit products it casts all of weight"] if torch.version.hip and narrow else []
+    return _triton_why_not_auto(inputs) + slow
+
+
 def _whole(why_not: Callable[[dict[str, Any]], list[str]]) -> Callable[[dict[str, Any]], list[str]]:
     """`why_not` of an implementation that takes no part of a vocabulary."""
 
@@ -182,7 +188,7 @@ _RUN: dict[str, Callable[..., Tensor]] = {
     "reference": reference.linear_logprob,
 }
 for _name, _why_not, _why_not_auto in (
-    ("triton_chunked", _whole(_triton_why_not), _triton_why_not_auto),
+    ("triton_chunked", _whole(_triton_why_not), _triton_chunked_why_not_auto),
     ("triton_fused", _triton_why_not, _triton_why_not_auto),
     ("cpu", _whole(cpu_kernel.why_not), _dispatch.no_reason),
     ("chunked", chunked.why_not, _dispatch.no_reason),

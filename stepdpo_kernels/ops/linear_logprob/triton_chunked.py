@@ -1,8 +1,9 @@
-"""Log-probs of the targets from products of the library and one Triton kernel over rows of logits: the speed path.
+"""Log-probs of the targets from products of the library and Triton kernels over rows of logits: the speed path.
 
-    forward    for each chunk of rows: logits = X_c W^T in float32 (rows, V); one kernel, a program for each row, reads
-               them for the maximum m, s = sum exp(z - m) and z[target], and again to write  Q = (onehot - p) dz/du
-               in the dtype of the inputs: over the logits themselves, or into what is kept for dW
+    forward    for each chunk of rows: logits = X_c W^T in float32 (rows, V); a kernel with a program for each row reads
+               them for the maximum m, s = sum exp(z - m) and z[target]; where there are gradients another one reads
+               them again and writes  Q = (onehot - p) dz/du  in the dtype of the inputs: over the logits themselves,
+               or into what is kept for dW. Two kernels, so that log-probs come from the same code with and without
                dX / g = Q W, while Q is at hand
     backward   dX = g * (dX / g)         dW = Q^T (g * X)         db = sum_r g Q               g (R,) upstream gradient
                of rows whose Q was not kept, the logits are computed again by chunks of the vocabulary, so that a
@@ -31,6 +32,7 @@ from stepdpo_kernels.ops.linear_logprob.triton_kernel import Problem, add_produc
 
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 32 * 1024 * 1024  # of float32 logits that backward computes again: they stay in the L2 cache
+MIN_COLUMNS = 512  # below that a product is too narrow to be fast
 BLOCK = 2048  # logits of a row at a time
 NUM_WARPS = 8
 
@@ -53,13 +55,48 @@ def kept_rows(rows: int, hidden_size: int, dtype: torch.dtype) -> int:
 
 
 @triton.jit
-def _row_kernel(
-    logits,  # (rows, C) float32: hidden @ weight.T of the columns from `first` on
-    q_out,  # (rows, C); may lie in the memory of the logits
+def _reduce_kernel(
+    logits,  # (rows, V) float32: hidden @ weight.T
     bias,  # (V,)
     target,  # (rows,) int64
     logp,  # (rows,) float32
     stats,  # (2, all rows) float32: maximum, log of the sum relative to it
+    V,
+    stride_z,
+    stride_stats,
+    scale,
+    softcap,
+    BLOCK: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride_z
+    wanted = tl.load(target + row)
+    lane = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], -3.4028235e38, tl.float32)  # a maximum and a sum for each lane, joined at the end
+    total = tl.zeros([BLOCK], tl.float32)
+    hit = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        z, _ = _load_logits(logits, bias, start, V, scale, softcap, BLOCK, BIAS, SOFTCAP)
+        hit += tl.where(start + lane == wanted, z, 0.0)
+        new_top = tl.maximum(top, z)
+        total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
+        top = new_top
+    row_top = tl.max(top, axis=0)
+    log_sum = tl.log(tl.sum(total * tl.exp(top - row_top), axis=0))
+    tl.store(logp + row, (tl.sum(hit, axis=0) - row_top) - log_sum)
+    tl.store(stats + row, row_top)
+    tl.store(stats + stride_stats + row, log_sum)
+
+
+@triton.jit
+def _gradient_kernel(
+    logits,  # (rows, C) float32: hidden @ weight.T of the columns from `first` on
+    q_out,  # (rows, C); may lie in the memory of the logits
+    bias,  # (V,)
+    target,  # (rows,) int64
+    stats,  # (2, all rows) float32
     C,
     first,
     stride_z,
@@ -70,40 +107,21 @@ def _row_kernel(
     BLOCK: tl.constexpr,
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    REDUCE: tl.constexpr,  # all columns are here: compute logp and stats; otherwise stats are given
-    WRITE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride_z
+    q_out += row * stride_q
     if BIAS:
         bias += first
     wanted = tl.load(target + row) - first
+    row_top = tl.load(stats + row)
+    log_sum = tl.load(stats + stride_stats + row)
     lane = tl.arange(0, BLOCK)
-    if REDUCE:
-        top = tl.full([BLOCK], -3.4028235e38, tl.float32)  # a maximum and a sum for each lane, joined at the end
-        total = tl.zeros([BLOCK], tl.float32)
-        hit = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, C, BLOCK):
-            z, _ = _load_logits(logits, bias, start, C, scale, softcap, BLOCK, BIAS, SOFTCAP)
-            hit += tl.where(start + lane == wanted, z, 0.0)
-            new_top = tl.maximum(top, z)
-            total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
-            top = new_top
-        row_top = tl.max(top, axis=0)
-        log_sum = tl.log(tl.sum(total * tl.exp(top - row_top), axis=0))
-        tl.store(logp + row, (tl.sum(hit, axis=0) - row_top) - log_sum)
-        tl.store(stats + row, row_top)
-        tl.store(stats + stride_stats + row, log_sum)
-    else:
-        row_top = tl.load(stats + row)
-        log_sum = tl.load(stats + stride_stats + row)
-    if WRITE:
-        q_out += row * stride_q
-        for start in range(0, C, BLOCK):
-            z, slope = _load_logits(logits, bias, start, C, scale, softcap, BLOCK, BIAS, SOFTCAP)
-            q = triton_kernel._gradient(z, slope, start + lane == wanted, row_top, log_sum)
-            tl.debug_barrier()  # in place, Q of this block lies over logits that other threads have to read first
-            tl.store(q_out + start + lane, q.to(q_out.dtype.element_ty), mask=start + lane < C)
+    for start in range(0, C, BLOCK):
+        z, slope = _load_logits(logits, bias, start, C, scale, softcap, BLOCK, BIAS, SOFTCAP)
+        q = triton_kernel._gradient(z, slope, start + lane == wanted, row_top, log_sum)
+        tl.debug_barrier()  # in place, Q of this block lies over logits that other threads have to read first
+        tl.store(q_out + start + lane, q.to(q_out.dtype.element_ty), mask=start + lane < C)
 
 
 @triton.jit
@@ -126,16 +144,24 @@ why_not = triton_kernel.why_not
 # ---- launchers ------------------------------------------------------------------------------------------------------
 
 
-def _rows(
-    problem: Problem, rows: slice, first: int, logits: Tensor, q: Tensor, logp: Tensor, stats: Tensor, **what: bool
-) -> None:
-    """The row kernel for `rows` of the problem and the columns of `logits` (rows, C), which begin at `first`."""
-    p = problem
-    _row_kernel[(logits.shape[0],)](
-        logits, q, p.bias, p.target[rows], logp[rows], stats[:, rows], logits.shape[1], first,
-        logits.stride(0), q.stride(0), stats.stride(0), p.scale, p.softcap or 0.0,
-        BLOCK=BLOCK, BIAS=p.bias is not None, SOFTCAP=p.softcap is not None, **what,
-        num_warps=NUM_WARPS, enable_fp_fusion=True,
+def _options(p: Problem) -> dict[str, Any]:
+    flags = {"BIAS": p.bias is not None, "SOFTCAP": p.softcap is not None}
+    return {"BLOCK": BLOCK, **flags, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
+
+
+def _reduce(p: Problem, rows: slice, logits: Tensor, logp: Tensor, stats: Tensor) -> None:
+    """Log-probs and stats of some rows from all their logits (rows, V)."""
+    _reduce_kernel[(logits.shape[0],)](
+        logits, p.bias, p.target[rows], logp[rows], stats[:, rows], p.vocabulary,
+        logits.stride(0), stats.stride(0), p.scale, p.softcap or 0.0, **_options(p),
+    )  # fmt: skip
+
+
+def _write_gradient(p: Problem, rows: slice, first: int, logits: Tensor, q: Tensor, stats: Tensor) -> None:
+    """Q of some rows and of the columns of `logits` (rows, C), which begin at `first`."""
+    _gradient_kernel[(logits.shape[0],)](
+        logits, q, p.bias, p.target[rows], stats[:, rows], logits.shape[1], first,
+        logits.stride(0), q.stride(0), stats.stride(0), p.scale, p.softcap or 0.0, **_options(p),
     )  # fmt: skip
 
 
@@ -169,8 +195,9 @@ def _forward(
             logits = product(p.x[start:stop], p.w.T, out=buffer[: stop - start, : p.vocabulary])
             keep_these = keep and stop <= kept
             q = (kept_q[start:stop] if keep_these else buffer.view(dtype)[: stop - start])[:, : p.vocabulary]
-            write = need_hidden or keep_these
-            _rows(p, slice(start, stop), 0, logits, q, logp, stats, REDUCE=True, WRITE=write)
+            _reduce(p, slice(start, stop), logits, logp, stats)
+            if need_hidden or keep_these:
+                _write_gradient(p, slice(start, stop), 0, logits, q, stats)
             if need_hidden:
                 product(q, p.w, out=d_hidden[start:stop])
     return logp, stats, d_hidden, kept_q
@@ -213,7 +240,7 @@ def _weight_gradients(
         if kept == p.rows and need_weight and not need_bias:
             return torch.mm(kept_q[:, : p.vocabulary].T, gx, out=d_weight), d_bias
         rest = slice(kept, p.rows)
-        columns = min(p.vocabulary, max(8, CHUNK_BYTES // (4 * p.rows) // 8 * 8))
+        columns = min(p.vocabulary, max(MIN_COLUMNS, CHUNK_BYTES // (4 * p.rows) // 8 * 8))
         buffer = torch.empty(p.rows - kept, triton.cdiv(columns, 8) * 8, dtype=torch.float32, device=device)
         for start in range(0, p.vocabulary, columns):
             part = slice(start, min(start + columns, p.vocabulary))
@@ -222,7 +249,7 @@ def _weight_gradients(
                 size = part.stop - start
                 logits = product(p.x[rest], p.w[part].T, out=buffer[:, :size])
                 q = buffer.view(dtype)[:, :size]
-                _rows(p, rest, start, logits, q, grad, stats, REDUCE=False, WRITE=True)
+                _write_gradient(p, rest, start, logits, q, stats)
                 pieces.append((q, rest))
             if need_weight and len(pieces) == 1:
                 torch.mm(pieces[0][0].T, gx[pieces[0][1]], out=d_weight[part])

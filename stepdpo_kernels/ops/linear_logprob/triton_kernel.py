@@ -28,6 +28,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Q of one chunk, in bytes: stays in the L2 cache of the GPUs this is for (40 MB and more) between kernel and products.
 Q_BYTES = 32 * 1024 * 1024
+SUM_ROWS = 1024  # of a product that is added to a float32 sum: what is added stays in the L2 cache, too
+MIN_COLUMNS = 512  # of a chunk: below that a product is too narrow to be fast
 # Programs for each processor: what is lost while the last of them run is a quarter of one round at most.
 WAVES = 4
 
@@ -48,7 +50,7 @@ CONFIGS = {
     ("cuda", 90, 16): Config(128, 128, 64, 8, 4),
     ("cuda", 100, 16): Config(128, 128, 64, 8, 4),
     ("hip", 0, 16): Config(128, 128, 32, 8, 2),
-    ("cuda", 80, 32): Config(64, 64, 32, 8, 2),
+    ("cuda", 80, 32): Config(64, 64, 16, 8, 2),
     ("cuda", 90, 32): Config(64, 64, 32, 8, 2),
     ("cuda", 100, 32): Config(64, 64, 32, 8, 2),
     ("hip", 0, 32): Config(64, 64, 32, 4, 2),
@@ -306,7 +308,7 @@ class Problem:
         self.rows, self.hidden_size = hidden.shape
         self.vocabulary = weight.shape[0]
         self.config = config_for(hidden.device, hidden.dtype)
-        if bias is not None and softcap is not None:  # both take registers that wider tiles do not leave
+        if softcap is not None:  # takes registers that wider tiles do not leave
             self.config = self.config._replace(block_columns=64)
 
     @property
@@ -382,7 +384,8 @@ def backward(
     p = problem
     x, w, tma = p.matrices()
     dtype, device, block = p.x.dtype, p.x.device, p.config.block_columns
-    columns = min(p.vocabulary, max(1, Q_BYTES // (dtype.itemsize * p.rows * block)) * block)
+    columns = max(MIN_COLUMNS, Q_BYTES // (dtype.itemsize * p.rows)) // block * block
+    columns = min(p.vocabulary, max(block, columns))
     q_chunk = torch.empty(p.rows, triton.cdiv(columns, 8) * 8, dtype=dtype, device=device)  # rows of aligned length
     d_hidden = torch.zeros(p.rows, p.hidden_size, dtype=torch.float32, device=device) if need_hidden else None
     d_weight = torch.empty(p.vocabulary, p.hidden_size, dtype=dtype, device=device) if need_weight else None
@@ -419,6 +422,9 @@ def partials(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `chunked.partials`."""
     target = torch.where((target >= 0) & (target < weight.shape[0]), target, -1)  # no column's number
+    if not weight.shape[0]:  # a process without a part
+        nothing = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        return nothing + torch.finfo(torch.float32).min, nothing, nothing
     with around_launches(hidden):
         return parts_of(Problem(hidden, weight, target, bias, softcap, logit_scale))
 
@@ -438,6 +444,13 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `chunked.gradients`."""
     problem = Problem(hidden, weight, target, bias, softcap, logit_scale)
+    if not weight.shape[0]:
+        empty = torch.zeros(0, dtype=torch.float32, device=hidden.device)
+        return (
+            torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None,
+            torch.zeros_like(weight) if need_weight else None,
+            empty if need_bias else None,
+        )
     stats = torch.stack([lse, torch.zeros_like(lse)])
     with around_launches(hidden):
         return backward(problem, grad, stats, need_hidden, need_weight, need_bias)
@@ -465,7 +478,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     else:  # addmm with out_dtype takes a float32 total in some versions of torch only
-        total += product(a, b)
+        for rows in range(0, a.shape[0], SUM_ROWS):
+            total[rows : rows + SUM_ROWS] += product(a[rows : rows + SUM_ROWS], b)
 
 
 @torch.library.custom_op("stepdpo_kernels::linear_logprob_triton_fused", mutates_args=())
