@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -265,8 +266,12 @@ def test_ctrl_c_leaves_a_checkpoint_that_loads_and_goes_on(arguments, tmp_path):
     process = start(arguments("run", **options), tmp_path)
     try:
         wait_for(tmp_path / "run" / "checkpoint-2", process)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
+        for _ in range(6):  # one that arrives within a destructor is lost
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+                break
+        assert process.returncode == 130
     finally:
         process.kill()
     said = (tmp_path / "stderr").read_text()

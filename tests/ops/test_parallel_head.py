@@ -85,7 +85,15 @@ def run_two(code: str, folder: Path, impl: str, dtype: str) -> None:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", COMMON + code, str(rank), str(folder / "store"), impl, dtype],
+            [
+                sys.executable,
+                "-c",
+                COMMON + code + "\ndist.destroy_process_group()",
+                str(rank),
+                str(folder / "store"),
+                impl,
+                dtype,
+            ],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,

@@ -53,7 +53,7 @@ CONFIGS = {
     ("cuda", 80, 32): Config(64, 64, 16, 8, 2),
     ("cuda", 90, 32): Config(64, 64, 32, 8, 2),
     ("cuda", 100, 32): Config(64, 64, 32, 8, 2),
-    ("hip", 0, 32): Config(64, 64, 32, 4, 2),
+    ("hip", 0, 32): Config(64, 64, 16, 4, 2),
     ("cpu", 0, 16): Config(32, 128, 64, 4, 1),
     ("cpu", 0, 32): Config(32, 128, 64, 4, 1),
 }
@@ -308,38 +308,39 @@ class Problem:
         self.rows, self.hidden_size = hidden.shape
         self.vocabulary = weight.shape[0]
         self.config = config_for(hidden.device, hidden.dtype)
-        if softcap is not None:  # takes registers that wider tiles do not leave
-            self.config = self.config._replace(block_columns=64)
+        # rows that begin at multiples of 16 bytes
+        aligned = all(
+            t.data_ptr() % 16 == 0 and t.stride(0) >= t.shape[1] and t.stride(0) * t.element_size() % 16 == 0
+            for t in (self.x, self.w)
+        )
+        has_tma = INTERPRETED or target_of(hidden.device) in (("cuda", 90), ("cuda", 100))
+        narrow = hidden.element_size() == 2  # in float32 a descriptor's tiles spill registers
+        self.tma = aligned and has_tma and narrow
+        if softcap is not None or not aligned:  # both take registers that wider tiles do not leave
+            self.config = self.config._replace(block_columns=self.config.block_columns // 2)
 
     @property
     def row_blocks(self) -> int:
         return triton.cdiv(self.rows, self.config.block_rows)
 
-    def matrices(self) -> tuple[Any, Any, bool]:
-        """X and W as descriptors where that helps and the hardware can follow them: 16-byte rows, tensor cores."""
-        narrow = self.x.element_size() == 2  # in float32 a descriptor's tiles spill registers
-        aligned = narrow and all(
-            t.data_ptr() % 16 == 0 and t.stride(0) >= t.shape[1] and t.stride(0) * t.element_size() % 16 == 0
-            for t in (self.x, self.w)
-        )
-        tma = aligned and (INTERPRETED or target_of(self.x.device) in (("cuda", 90), ("cuda", 100)))
-        if not tma:
-            return self.x, self.w, False
+    def matrices(self) -> tuple[Any, Any]:
+        """X and W, as descriptors where the hardware can follow them."""
+        if not self.tma:
+            return self.x, self.w
         rows, columns, depth, *_ = self.config
         return (
             TensorDescriptor.from_tensor(self.x, [rows, depth]),
             TensorDescriptor.from_tensor(self.w, [columns, depth]),
-            True,
         )
 
-    def constants(self, tma: bool) -> dict[str, Any]:
+    def constants(self) -> dict[str, Any]:
         return {
             "BLOCK_R": self.config.block_rows,
             "BLOCK_V": self.config.block_columns,
             "BLOCK_D": self.config.block_hidden,
             "BIAS": self.bias is not None,
             "SOFTCAP": self.softcap is not None,
-            "TMA": tma,
+            "TMA": self.tma,
             "UPCAST": INTERPRETED,
             "num_warps": self.config.num_warps,
             "num_stages": self.config.num_stages,
@@ -354,11 +355,11 @@ def parts_of(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     wanted = max(1, min(tiles, triton.cdiv(WAVES * processors(p.x.device), p.row_blocks)))
     tiles_of_part = triton.cdiv(tiles, wanted)
     parts = torch.empty(3, triton.cdiv(tiles, tiles_of_part), p.rows, dtype=torch.float32, device=p.x.device)
-    x, w, tma = p.matrices()
+    x, w = p.matrices()
     _forward_kernel[p.row_blocks, parts.shape[1]](
         x, w, p.bias, p.target, parts,
         p.rows, p.vocabulary, p.hidden_size, p.x.stride(0), p.w.stride(0), tiles_of_part,
-        p.scale, p.softcap or 0.0, **p.constants(tma),
+        p.scale, p.softcap or 0.0, **p.constants(),
     )  # fmt: skip
     tops, totals, hits = parts  # (parts, R) each
     top = tops.amax(dim=0)
@@ -382,7 +383,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX (R, D) and db (V,) in float32, dW (V, D) in the dtype of the inputs; None for what nobody needs."""
     p = problem
-    x, w, tma = p.matrices()
+    x, w = p.matrices()
     dtype, device, block = p.x.dtype, p.x.device, p.config.block_columns
     columns = max(MIN_COLUMNS, Q_BYTES // (dtype.itemsize * p.rows)) // block * block
     columns = min(p.vocabulary, max(block, columns))
@@ -399,7 +400,7 @@ def backward(
         _q_kernel[p.row_blocks, triton.cdiv(stop - start, block)](
             x, w, p.bias, p.target, stats, grad, q, db,
             p.rows, p.vocabulary, p.hidden_size, stop - start, start, p.x.stride(0), p.w.stride(0), q.stride(0),
-            p.scale, p.softcap or 0.0, DB=need_bias, **p.constants(tma),
+            p.scale, p.softcap or 0.0, DB=need_bias, **p.constants(),
         )  # fmt: skip
         if d_hidden is not None:
             add_product(d_hidden, q, p.w[start:stop])
