@@ -14,14 +14,14 @@
 // cancellation. What depends on a row is a factor, so E can be kept whatever the upstream gradient g is. Where a logit
 // exceeds its row's reference by more than kHeadroom, references are raised to the maximum and the sweep runs again.
 //
-// forward: in parallel the tasks, each a group of row blocks and a range of tiles: tile after tile product 1 and the
+// forward: in parallel the tasks, each a block of rows and a range of tiles: tile after tile product 1 and the
 // row pass, after each chunk of tiles product 2; then, in the order of ranges, the task's sums are added to those of
 // its rows. It keeps E in the memory that will be dW, whose rows hold D rows of E, and in `extra`. backward: in
 // parallel the tiles of tokens, product 3 with E as kept or recomputed; a slice of dW is written once, over the E that
 // it came from. Every sum has one order, so results do not depend on the number of threads.
 //
 // Memory: dW (V, D); extra (V, extra_rows); X packed; dX / g (R, D) in float32; for each thread a chunk of E and W and
-// the sums of a task (rows, D), in cache. Bytes moved: W once for each group, mostly from cache, E once. FLOPs: 2RDV a
+// the sums of a task (rows, D), in cache. Bytes moved: W once for each row block, mostly from cache, E once. FLOPs: 2RDV a
 // product: 3 for a full backward and 1 for each row of E that was not kept, 2 for a frozen head, 1 for log-probs.
 #include <Python.h>
 
@@ -52,7 +52,6 @@ namespace {
 using namespace stepdpo;
 
 constexpr int64_t kRange = 32;  // tiles of a task of forward
-constexpr int64_t kGroup = 1;  // row blocks of a task of forward
 constexpr int64_t kChunk = 4;  // tiles between products 1 and 2
 constexpr int64_t kBlocks = 4;  // row blocks whose E is at hand in backward
 constexpr float kHeadroom = 40.f;  // e^40, its sum over a vocabulary and the inverse are far inside float32
@@ -76,22 +75,23 @@ void for_each_task(int64_t n, const Function& f) {
   at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t, int64_t) { f(take); });
 }
 
-// Lets the ranges of the vocabulary add to the sums of a group of rows one after the other, whoever computes them.
+// Lets the ranges of the vocabulary add to the sums of a block of rows one after the other, whoever computes them.
 // Tasks are taken in order, so the range that is waited for is done or in work.
 struct Turns {
-  std::vector<int64_t> next;  // range, for each group
+  std::vector<int64_t> next;  // range, for each block
   bool failed = false;
   std::mutex mutex;
   std::condition_variable moved;
 
-  void wait(int64_t group, int64_t range) {
+  // False where another thread has failed: it will say why.
+  bool wait(int64_t block, int64_t range) {
     std::unique_lock<std::mutex> lock(mutex);
-    moved.wait(lock, [&] { return failed || next[group] == range; });
-    TORCH_CHECK(!failed, "another thread failed");
+    moved.wait(lock, [&] { return failed || next[block] == range; });
+    return !failed;
   }
-  void pass(int64_t group) {
+  void pass(int64_t block) {
     const std::lock_guard<std::mutex> lock(mutex);
-    next[group]++;
+    next[block]++;
     moved.notify_all();
   }
   void fail() {
@@ -101,20 +101,19 @@ struct Turns {
   }
 };
 
-// Some groups of row blocks over the whole vocabulary. A task is a group and a range of tiles.
+// Some blocks of rows over the whole vocabulary. A task is a block and a range of tiles.
 template <typename T>
 struct Sweep {
   const Head<T>& h;
-  const std::vector<int64_t>& groups;
+  const std::vector<int64_t>& blocks;
   double* sum;  // (R,) of the row pass
   float* top;  // (R,) maxima of z - ref
   T *dw, *extra;  // where E is kept, or null
   int64_t extra_rows;
   float* product;  // (R, D) E^T W, or null
 
-  const int64_t ranges = ceil_div(h.tiles, kRange), count = groups.size();
-  const int64_t most_rows = std::min(kGroup * kRows, h.padded_rows);
-  Turns turns{std::vector<int64_t>(ceil_div(h.row_blocks, kGroup))};
+  const int64_t ranges = ceil_div(h.tiles, kRange), count = blocks.size();
+  Turns turns{std::vector<int64_t>(h.row_blocks)};
 
   void run() {
     for_each_task(ranges * count, [&](const auto& take) {
@@ -130,28 +129,24 @@ struct Sweep {
 
   template <typename Take>
   void work(const Take& take) {
-    const int64_t w_size = h.all_columns * kVocab, e_size = most_rows * kVocab;
-    const Tensor floats = buffer<float>(h.scratch + 3 * most_rows + (product ? most_rows * h.ld : 0));
-    const Tensor operands = buffer<T>(kVocab * kRows + (product ? kChunk * (e_size + w_size) : 0));
-    float *z = floats.data_ptr<float>(), *part = z + h.scratch, *part_top = part + most_rows;
-    float *tops = part_top + most_rows, *acc = tops + most_rows;  // acc: E^T W of the task, (rows, ld)
-    T *not_kept = operands.data_ptr<T>(), *by_row = not_kept + kVocab * kRows, *w = by_row + kChunk * e_size;
-    std::vector<double> sums(most_rows);
+    const int64_t w_size = h.all_columns * kVocab, e_size = kRows * kVocab;
+    const Tensor floats = buffer<float>(h.scratch + 3 * kRows + (product ? kRows * h.ld : 0));
+    const Tensor operands = buffer<T>(e_size + (product ? kChunk * (e_size + w_size) : 0));
+    float *z = floats.data_ptr<float>(), *part = z + h.scratch, *part_top = part + kRows;
+    float *tops = part_top + kRows, *acc = tops + kRows;  // acc: E^T W of the task, (rows, ld)
+    T *not_kept = operands.data_ptr<T>(), *by_row = not_kept + e_size, *w = by_row + kChunk * e_size;
+    std::vector<double> sums(kRows);
     for (int64_t id = take(); id < ranges * count; id = take()) {
-      const int64_t group = groups[id % count], range = id / count;
-      const int64_t first_block = group * kGroup, end_block = std::min(first_block + kGroup, h.row_blocks);
-      const int64_t first_row = first_block * kRows, rows = std::min(end_block * kRows, h.padded_rows) - first_row;
+      const int64_t block = blocks[id % count], range = id / count;
+      const int64_t first_row = block * kRows, rows = h.rows_of(block);
       const int64_t last = std::min((range + 1) * kRange, h.tiles);
       std::fill(sums.begin(), sums.end(), 0.);
       std::fill_n(tops, rows, -kInfinity);
       for (int64_t first = range * kRange; first < last; first += kChunk) {
         const int64_t n = std::min(kChunk, last - first);
         for (int64_t i = 0; i < n; i++) {
-          for (int64_t block = first_block, row = 0; block < end_block; block++, row += kRows) {
-            T* keep = h.kept(dw, extra, extra_rows, first + i, block);
-            h.tile(first + i, block, z, part + row, part_top + row, keep ? keep : not_kept,
-                   product ? by_row + i * e_size + row * kVocab : nullptr);
-          }
+          T* keep = h.kept(dw, extra, extra_rows, first + i, block);
+          h.tile(first + i, block, z, part, part_top, keep ? keep : not_kept, product ? by_row + i * e_size : nullptr);
           for (int64_t r = 0; r < rows; r++) {
             sums[r] += part[r];
             tops[r] = std::max(tops[r], part_top[r]);
@@ -159,15 +154,13 @@ struct Sweep {
           if (product) h.pack_weight(first + i, w + i * w_size);
         }
         for (int64_t column = 0; product && column < h.D; column += h.columns)
-          for (int64_t row = 0; row < rows; row += kRows)
-            for (int64_t i = 0; i < n; i++) {
-              h.product(std::min(kRows, rows - row), std::min(h.columns, h.D - column),
-                        round_up(h.tokens_of(first + i), h.pair), by_row + i * e_size + row * kVocab, kVocab,
-                        w + i * w_size + column * kVocab, h.columns, acc + row * h.ld + column, h.ld,
-                        first + i > range * kRange);
-            }
+          for (int64_t i = 0; i < n; i++) {
+            h.product(rows, std::min(h.columns, h.D - column), round_up(h.tokens_of(first + i), h.pair),
+                      by_row + i * e_size, kVocab, w + i * w_size + column * kVocab, h.columns, acc + column, h.ld,
+                      first + i > range * kRange);
+          }
       }
-      turns.wait(group, range);
+      if (!turns.wait(block, range)) return;
       for (int64_t r = 0; r < std::min(rows, h.R - first_row); r++) {
         const int64_t to = first_row + r;
         sum[to] = sums[r] + (range ? sum[to] : 0.);
@@ -175,7 +168,7 @@ struct Sweep {
         float* total = product + to * h.D;
         for (int64_t d = 0; product && d < h.D; d++) total[d] = acc[r * h.ld + d] + (range ? total[d] : 0.f);
       }
-      turns.pass(group);
+      turns.pass(block);
     }
   }
 };
@@ -199,20 +192,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Head<T> h, bool need_
   std::vector<double> sum(h.R);
   std::vector<float> top(h.R);
   float* dx = need_hidden ? d_hidden.data_ptr<float>() : nullptr;
-  std::vector<int64_t> groups(ceil_div(h.row_blocks, kGroup));
-  std::iota(groups.begin(), groups.end(), 0);
+  std::vector<int64_t> blocks(h.row_blocks);
+  std::iota(blocks.begin(), blocks.end(), 0);
   const auto run = [&] {
     T* dw = keep ? kept.data_ptr<T>() : nullptr;
-    Sweep<T>{h, groups, sum.data(), top.data(), dw, extra.data_ptr<T>(), extra_rows, dx}.run();
+    Sweep<T>{h, blocks, sum.data(), top.data(), dw, extra.data_ptr<T>(), extra_rows, dx}.run();
   };
   run();
-  groups.clear();  // those with a row whose reference was too low
+  blocks.clear();  // those with a row whose reference was too low
   for (int64_t r = 0; r < h.R; r++) {
     if (!(top[r] > kHeadroom)) continue;
     h.ref[r] += top[r];
-    if (groups.empty() || groups.back() != r / (kGroup * kRows)) groups.push_back(r / (kGroup * kRows));
+    if (blocks.empty() || blocks.back() != r / kRows) blocks.push_back(r / kRows);
   }
-  if (!groups.empty()) run();
+  if (!blocks.empty()) run();
   float *p = logp.data_ptr<float>(), *ref = row.data_ptr<float>(), *f = ref + h.R, *q = f + h.R;
   at::parallel_for(0, h.R, 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {

@@ -19,9 +19,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 logger = logging.getLogger("stepdpo_kernels")
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 # Order of preference for "auto", over all operations.
 PREFERENCE = ("triton", "triton_chunked", "triton_fused", "varlen", "cpu", "chunked", "torch", "reference")
@@ -38,6 +42,13 @@ class Implementation:
     why_not_auto: Callable[[dict[str, Any]], list[str]]
 
 
+class Kind(NamedTuple):
+    """What a choice depends on of a tensor."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
 # Where each operation registers its implementations; imported when a name is looked up.
 _HOMES = {
     "linear_logprob": "stepdpo_kernels.ops.linear_logprob.api",
@@ -50,6 +61,37 @@ _chosen_in_context: ContextVar[dict[str, str]] = ContextVar("stepdpo_impl", defa
 
 def no_reason(inputs: dict[str, Any]) -> list[str]:
     return []
+
+
+def triton_why_not(argument: str, module: str) -> Callable[[dict[str, Any]], list[str]]:
+    """`why_not` of the Triton kernels in `module`, which is imported only for an `argument` that they could take."""
+
+    def why_not(inputs: dict[str, Any]) -> list[str]:
+        device = inputs[argument].device
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return [f"it runs on GPUs, and {argument} is on {device}"]
+        try:
+            kernels = import_module(module)
+        except ModuleNotFoundError as error:
+            return [f"{error.name} is not installed"]
+        reasons: list[str] = kernels.why_not(inputs)
+        return reasons
+
+    return why_not
+
+
+def triton_why_not_auto(argument: str) -> Callable[[dict[str, Any]], list[str]]:
+    """`why_not_auto` of Triton kernels."""
+    return lambda inputs: ["Triton's interpreter is for tests"] if inputs[argument].device.type == "cpu" else []
+
+
+def asked_once(choice: _F) -> _F:
+    """For a function of constants that torch.compile is to call when it traces, and not to trace.
+
+    What torch.compiler.assume_constant_result does; that one imports torch's compiler, which takes seconds.
+    """
+    choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return choice
 
 
 def register(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,13 +11,6 @@ from torch import Tensor
 
 from stepdpo_kernels import _dispatch
 from stepdpo_kernels.ops.linear_logprob import chunked, cpu_kernel, parallel, reference
-
-
-class _Kind(NamedTuple):
-    """What a choice depends on of a tensor."""
-
-    device: torch.device
-    dtype: torch.dtype
 
 
 def linear_logprob(
@@ -122,19 +114,15 @@ def _check(
         torch._assert_async(in_range, "a target lies outside the vocabulary")
 
 
+@_dispatch.asked_once
 def _choose(impl: str, device: torch.device, dtype: torch.dtype, bias_dtype: torch.dtype | None, sharded: bool) -> str:
-    """The implementation's name; torch.compile asks once, when it traces."""
+    """The implementation's name."""
     inputs = {
-        "hidden": _Kind(device, dtype),
-        "weight": _Kind(device, dtype),
-        "bias": None if bias_dtype is None else _Kind(device, bias_dtype),
+        "hidden": _dispatch.Kind(device, dtype),
+        "bias": None if bias_dtype is None else _dispatch.Kind(device, bias_dtype),
         "sharded": sharded,
     }
     return _dispatch.choose("linear_logprob", impl, inputs).name
-
-
-# What torch.compiler.assume_constant_result does; that one imports torch's compiler, which takes seconds.
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_chunked(*args: Any, **options: Any) -> Tensor:
@@ -149,20 +137,8 @@ def _triton_fused(*args: Any, **options: Any) -> Tensor:
     return triton_kernel.linear_logprob(*args, **options)
 
 
-def _triton_why_not(inputs: dict[str, Any]) -> list[str]:
-    """Imports Triton only for tensors that it could take."""
-    device = inputs["hidden"].device
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return [f"it runs on GPUs, and hidden is on {device}"]
-    try:
-        from stepdpo_kernels.ops.linear_logprob import triton_kernel
-    except ModuleNotFoundError as error:
-        return [f"{error.name} is not installed"]
-    return triton_kernel.why_not(inputs)
-
-
-def _triton_why_not_auto(inputs: dict[str, Any]) -> list[str]:
-    return ["Triton's interpreter is for tests"] if inputs["hidden"].device.type == "cpu" else []
+_triton_why_not = _dispatch.triton_why_not("hidden", "stepdpo_kernels.ops.linear_logprob.triton_kernel")
+_triton_why_not_auto = _dispatch.triton_why_not_auto("hidden")
 
 
 def _triton_chunked_why_not_auto(inputs: dict[str, Any]) -> list[str]:
@@ -191,7 +167,7 @@ for _name, _why_not, _why_not_auto in (
     ("triton_chunked", _whole(_triton_why_not), _triton_chunked_why_not_auto),
     ("triton_fused", _triton_why_not, _triton_why_not_auto),
     ("cpu", _whole(cpu_kernel.why_not), _dispatch.no_reason),
-    ("chunked", chunked.why_not, _dispatch.no_reason),
+    ("chunked", _dispatch.no_reason, _dispatch.no_reason),
     ("reference", _whole(_dispatch.no_reason), _dispatch.no_reason),
 ):
     _dispatch.register("linear_logprob", _name, _RUN[_name], _why_not, _why_not_auto)

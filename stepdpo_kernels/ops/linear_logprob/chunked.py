@@ -1,7 +1,7 @@
 """Log-probs of the targets by vocabulary chunks, in plain torch, on any device.
 
     forward    for each chunk of C columns: z = X W_c^T (R, C) -> running max m, running sum s, target logit
-               lse = m + log s,   logp = z_target - lse
+               logp = (z_target - m) - log s,   lse = m + log s
     backward   for each chunk: recompute z,  Q = onehot - exp(z - lse) (R, C)
                dX += g * (Q W_c)      dW_c = Q^T (g * X)        g (R,) the upstream gradient
 
@@ -82,7 +82,7 @@ def partials(
 
 def gradients(
     grad: Tensor,  # (R,)
-    lse: Tensor,  # (R,) over the whole vocabulary
+    stats: Tensor,  # (2, R) over the whole vocabulary: the largest logit, the log of the sum of exp relative to it
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -94,7 +94,8 @@ def gradients(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX (R, D) and db (V,) in at least float32, dW (V, D) in the dtype of weight; None for what nobody needs."""
-    compute, stored = lse.dtype, hidden.dtype
+    compute, stored = stats.dtype, hidden.dtype
+    lse = stats.sum(dim=0)
     d_hidden = torch.zeros(hidden.shape, dtype=compute, device=hidden.device) if need_hidden else None
     row_chunks = list(_row_chunks(hidden.shape[0], compute.itemsize))
     # With one chunk of rows each slice of dW is written once; with more it is a sum and needs float32.
@@ -138,19 +139,19 @@ class _ChunkedLogprob(torch.autograd.Function):
         logit_scale: float | None,
     ) -> Tensor:  # (R,)
         top, total, hit = partials(hidden, weight, target, bias, softcap, logit_scale)
-        lse = top + torch.log(total)
-        ctx.save_for_backward(hidden, weight, target, bias, lse)
+        stats = torch.stack([top, total.log_()])
+        ctx.save_for_backward(hidden, weight, target, bias, stats)
         ctx.softcap, ctx.logit_scale = softcap, logit_scale
-        return hit - lse
+        return (hit - top).sub_(stats[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, target, bias, lse = ctx.saved_tensors
+        hidden, weight, target, bias, stats = ctx.saved_tensors
         need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
         problem = (hidden, weight, target, bias, ctx.softcap, ctx.logit_scale)
         with torch.autocast(grad.device.type, enabled=False):
-            dx, dw, db = gradients(grad, lse, *problem, need_hidden, need_weight, need_bias)
+            dx, dw, db = gradients(grad, stats, *problem, need_hidden, need_weight, need_bias)
         return (
             None if dx is None else dx.to(hidden.dtype),
             dw,
@@ -176,10 +177,6 @@ def _target_in(target: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
     local = target - cols.start
     inside = (local >= 0) & (local < cols.stop - cols.start)
     return inside, torch.where(inside, local, 0)
-
-
-def why_not(inputs: dict[str, Any]) -> list[str]:
-    return []
 
 
 def linear_logprob(

@@ -124,7 +124,7 @@ def _log_missing() -> None:
 
 
 def why_not(inputs: dict[str, Any]) -> list[str]:
-    hidden, weight, bias = inputs["hidden"], inputs["weight"], inputs["bias"]
+    hidden, bias = inputs["hidden"], inputs["bias"]
     if hidden.device.type != "cpu":
         return [f"it runs on CPUs, and hidden is on {hidden.device}"]
     reasons = []
@@ -133,8 +133,6 @@ def why_not(inputs: dict[str, Any]) -> list[str]:
         reasons.append(_missing)
     if hidden.dtype not in DTYPES:
         reasons.append(f"it takes float32 and bfloat16, and hidden is {hidden.dtype}")
-    elif weight.dtype != hidden.dtype:
-        reasons.append(f"weight is {weight.dtype} and hidden is {hidden.dtype}")
     if bias is not None and bias.dtype not in DTYPES:
         reasons.append(f"it takes a float32 or bfloat16 bias, and bias is {bias.dtype}")
     return reasons

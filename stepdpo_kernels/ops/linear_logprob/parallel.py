@@ -43,18 +43,18 @@ class _ShardedLogprob(torch.autograd.Function):
         dist.all_reduce(sums, dist.ReduceOp.SUM, group)
         _check_owners(sums[2])
         log_total = sums[0].log()
-        ctx.save_for_backward(hidden, weight, target, bias, global_top + log_total)
+        ctx.save_for_backward(hidden, weight, target, bias, torch.stack([global_top, log_total]))
         ctx.softcap, ctx.logit_scale, ctx.home, ctx.group = softcap, logit_scale, home, group
         return (sums[1] - global_top) - log_total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, target, bias, lse = ctx.saved_tensors
+        hidden, weight, target, bias, stats = ctx.saved_tensors
         need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
         problem = (hidden, weight, target, bias, ctx.softcap, ctx.logit_scale)
         with torch.autocast(grad.device.type, enabled=False):
-            dx, dw, db = ctx.home.gradients(grad, lse, *problem, need_hidden, need_weight, need_bias)
+            dx, dw, db = ctx.home.gradients(grad, stats, *problem, need_hidden, need_weight, need_bias)
         if dx is not None:
             dist.all_reduce(dx, dist.ReduceOp.SUM, ctx.group)
             dx = dx.to(hidden.dtype)

@@ -260,7 +260,7 @@ def _q_kernel(
 
 
 def why_not(inputs: dict[str, Any]) -> list[str]:
-    hidden, weight, bias = inputs["hidden"], inputs["weight"], inputs["bias"]
+    hidden, bias = inputs["hidden"], inputs["bias"]
     reasons = []
     if hidden.device.type != "cuda" and not (INTERPRETED and hidden.device.type == "cpu"):
         reasons.append(f"it runs on GPUs, and hidden is on {hidden.device}")
@@ -272,8 +272,6 @@ def why_not(inputs: dict[str, Any]) -> list[str]:
         reasons.append("it needs a GPU of compute capability 8.0 or newer")
     if hidden.dtype not in DTYPES:
         reasons.append(f"it takes float32, bfloat16 and float16, and hidden is {hidden.dtype}")
-    elif weight.dtype != hidden.dtype:
-        reasons.append(f"weight is {weight.dtype} and hidden is {hidden.dtype}")
     if bias is not None and bias.dtype not in DTYPES:
         reasons.append(f"it takes a float32, bfloat16 or float16 bias, and bias is {bias.dtype}")
     return reasons
@@ -432,7 +430,7 @@ def partials(
 
 def gradients(
     grad: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -452,7 +450,6 @@ def gradients(
             torch.zeros_like(weight) if need_weight else None,
             empty if need_bias else None,
         )
-    stats = torch.stack([lse, torch.zeros_like(lse)])
     with around_launches(hidden):
         return backward(problem, grad, stats, need_hidden, need_weight, need_bias)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,20 +83,10 @@ def _check(
         raise ValueError(f"everything that pair_loss takes must be on one device, got {', '.join(devices)}")
 
 
-class _Kind(NamedTuple):
-    """What a choice depends on of a tensor."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-
+@_dispatch.asked_once
 def _choose(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation's name; torch.compile asks once, when it traces."""
-    return _dispatch.choose("pair_loss", impl, {"token_logps": _Kind(device, dtype)}).name
-
-
-# What torch.compiler.assume_constant_result does; that one imports torch's compiler, which takes seconds.
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    """The implementation's name."""
+    return _dispatch.choose("pair_loss", impl, {"token_logps": _dispatch.Kind(device, dtype)}).name
 
 
 def _triton(*args: Any, **options: Any) -> PairLoss:
@@ -106,24 +95,14 @@ def _triton(*args: Any, **options: Any) -> PairLoss:
     return triton_kernel.pair_loss(*args, **options)
 
 
-def _triton_why_not(inputs: dict[str, Any]) -> list[str]:
-    """Imports Triton only for tensors that it could take."""
-    device = inputs["token_logps"].device
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return [f"it runs on GPUs, and token_logps is on {device}"]
-    try:
-        from stepdpo_kernels.ops.pair_loss import triton_kernel
-    except ModuleNotFoundError as error:
-        return [f"{error.name} is not installed"]
-    return triton_kernel.why_not(inputs)
-
-
-def _triton_why_not_auto(inputs: dict[str, Any]) -> list[str]:
-    return ["Triton's interpreter is for tests"] if inputs["token_logps"].device.type == "cpu" else []
-
-
 # One function under two names: a plain choice for "auto", and what use_impl("reference") means.
 _RUN = {"triton": _triton, "torch": reference.pair_loss, "reference": reference.pair_loss}
-_dispatch.register("pair_loss", "triton", _triton, _triton_why_not, _triton_why_not_auto)
+_dispatch.register(
+    "pair_loss",
+    "triton",
+    _triton,
+    _dispatch.triton_why_not("token_logps", "stepdpo_kernels.ops.pair_loss.triton_kernel"),
+    _dispatch.triton_why_not_auto("token_logps"),
+)
 for _name in ("torch", "reference"):
-    _dispatch.register("pair_loss", _name, _RUN[_name], lambda inputs: [])
+    _dispatch.register("pair_loss", _name, _RUN[_name], _dispatch.no_reason)
