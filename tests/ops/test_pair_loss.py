@@ -300,6 +300,8 @@ def test_what_triton_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         (0, torch.zeros(4), r"token_logps must be \(5,\) float32 or float64, got \(4,\) torch.float32"),
         (0, torch.zeros(5, dtype=torch.bfloat16), "token_logps must be .* torch.bfloat16"),
         (2, torch.zeros(1), r"chosen must be \(P,\) int64, got \(1,\) torch.float32"),
+        (2, torch.tensor([2]), r"chosen holds 2, outside the branches 0\.\.1"),
+        (3, torch.tensor([-1]), r"rejected holds -1, outside the branches 0\.\.1"),
         (3, torch.zeros(2, dtype=torch.int64), r"rejected must be \(1,\) int64, got \(2,\)"),
         (4, torch.zeros(1), r"ref_logps must be \(2,\), chosen then rejected, got \(1,\)"),
         (5, torch.zeros(2), r"weights must be \(1,\), got \(2,\)"),

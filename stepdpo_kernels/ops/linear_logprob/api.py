@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stepdpo_kernels import _dispatch
+from stepdpo_kernels.ops.checks import check_below
 from stepdpo_kernels.ops.linear_logprob import chunked, cpu_kernel, parallel, reference
 
 
@@ -103,15 +104,8 @@ def _check(
         raise ValueError(f"softcap must be positive, got {softcap}")
     if logit_scale is not None and not abs(logit_scale) < float("inf"):
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
-    if sharded:
-        return  # who has which tokens is seen when the processes meet
-    in_range = ((target >= 0) & (target < vocabulary)).all()
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not in_range:
-            worst = int(target[((target < 0) | (target >= vocabulary)).nonzero()[0, 0]])
-            raise ValueError(f"target holds {worst}, outside the vocabulary 0..{vocabulary - 1}")
-    else:
-        torch._assert_async(in_range, "a target lies outside the vocabulary")
+    if not sharded:  # there, who has which tokens is seen when the processes meet
+        check_below(target, vocabulary, "target", "the vocabulary")
 
 
 @_dispatch.asked_once

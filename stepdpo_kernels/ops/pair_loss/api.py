@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stepdpo_kernels import _dispatch
+from stepdpo_kernels.ops.checks import check_below
 from stepdpo_kernels.ops.pair_loss import reference
 from stepdpo_kernels.ops.pair_loss.reference import PairLoss
 from stepdpo_kernels.types import Ragged
@@ -45,7 +46,8 @@ def pair_loss(
         impl: "auto", or the name of an implementation, which then raises rather than falls back.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or an `impl` that cannot take the inputs.
+        ValueError: shapes, dtypes or devices that do not fit, a pair's branch that is not there (on CUDA a device-side
+            assertion), or an `impl` that cannot take the inputs.
     """
     _check(token_logps, branches, chosen, rejected, ref_logps, weights)
     run = _RUN[_choose(impl, token_logps.device, token_logps.dtype)]
@@ -81,6 +83,8 @@ def _check(
     devices = {str(t.device): None for t in tensors if t is not None}
     if len(devices) > 1:
         raise ValueError(f"everything that pair_loss takes must be on one device, got {', '.join(devices)}")
+    for name, index in (("chosen", chosen), ("rejected", rejected)):
+        check_below(index, branches.lengths.shape[0], name, "the branches")
 
 
 @_dispatch.asked_once
