@@ -30,6 +30,9 @@ from benchmarks.measure import PeakMemory
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 1e-2}
 SMALL = (96, 1000)  # rows, vocabulary of the problem that is verified
 TURN_SECONDS, TURN_CALLS = 0.5, 10  # short calls are repeated within a turn: until this long, at most this many
+# Calls shorter than this are preceded by one that does not count: memory that another process has given back comes
+# slowly (a third of a second for a dW of 260 MiB on a virtual machine), and calls of a training run follow each other.
+UNTIMED_SECONDS = 10.0
 
 
 def write_inputs(folder: Path, dtype: str, rows: int, hidden: int, vocab: int, kind: str) -> None:
@@ -202,6 +205,8 @@ class Worker:
     def _measure(self, settings: dict[str, Any]) -> dict[str, Any]:
         assert self._problem
         calls = [timed(self._provider, self._problem)]
+        if calls[0] < UNTIMED_SECONDS:
+            calls = [timed(self._provider, self._problem)]
         while sum(calls) < TURN_SECONDS and len(calls) < TURN_CALLS:
             calls.append(timed(self._provider, self._problem))
         return {"seconds": median(calls)}
