@@ -43,10 +43,6 @@
 
 #include "head.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace {
 
 using namespace stepdpo;
@@ -55,16 +51,6 @@ constexpr int64_t kRange = 32;  // tiles of a task of forward
 constexpr int64_t kChunk = 4;  // tiles between products 1 and 2
 constexpr int64_t kBlocks = 4;  // row blocks whose E is at hand in backward
 constexpr float kHeadroom = 40.f;  // e^40, its sum over a vocabulary and the inverse are far inside float32
-
-// Asks for large pages: the page faults of a fresh dW cost a tenth of a product.
-void advise_large_pages(const Tensor& t) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  const auto start = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t begin = (start + page - 1) / page * page, end = (start + t.nbytes()) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 // f(take) on every thread of torch's pool; take() returns the next of 0..n-1, then n, so that nobody waits for a slow
 // thread but at the end.
@@ -180,8 +166,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Head<T> h, bool need_
   const Tensor logp = at::empty({h.R}, options), row = at::empty({3, h.R}, options);
   const Tensor d_hidden = at::empty({need_hidden ? h.R : 0, h.D}, options);
   const Tensor kept = at::empty({keep ? h.V : 0, h.D}, h.weight.options()), extra = buffer<T>(h.V * extra_rows);
-  advise_large_pages(kept);
-  advise_large_pages(extra);
   std::vector<std::pair<double, double>> hit(h.R);
   at::parallel_for(0, h.R, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
