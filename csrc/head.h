@@ -27,7 +27,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kVocab = 128;  // tokens of a tile
 constexpr int64_t kRows = 128;  // rows of a tile; ROW_BLOCK in cpu_kernel.py
-constexpr int64_t kColumns = 256;  // of D, in one product, at most
+constexpr int64_t kColumns = 256;  // of D, in one product, at most; multiples of 64 suit its registers
 constexpr int64_t kDepth = 256;  // of D, that product 1 sums at a time: partial sums are more accurate
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -72,7 +72,7 @@ struct Head {
   const int64_t pair = brgemm && kIsBFloat16<T> ? 2 : 1;  // so many k lie side by side in a right operand
   const int64_t tiles = ceil_div(V, kVocab);
   const int64_t row_blocks = ceil_div(R, kRows), padded_rows = round_up(R, kLanes);
-  const int64_t column_blocks = ceil_div(D, kColumns), columns = round_up(ceil_div(D, column_blocks), 16);
+  const int64_t column_blocks = ceil_div(D, kColumns), columns = round_up(ceil_div(D, column_blocks), 64);
   const int64_t all_columns = column_blocks * columns;
   const int64_t padded_d = round_up(D, pair);
   const int64_t ld = round_up(D, 16) + 16;  // of float32 sums (rows, D): not a power of two, which caches dislike
