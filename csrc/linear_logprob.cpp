@@ -14,14 +14,14 @@
 // cancellation. What depends on a row is a factor, so E can be kept whatever the upstream gradient g is. Where a logit
 // exceeds its row's reference by more than kHeadroom, references are raised to the maximum and the sweep runs again.
 //
-// forward: in parallel the tasks, each a block of rows and a range of tiles: tile after tile product 1 and the
-// row pass, after each chunk of tiles product 2; then, in the order of ranges, the task's sums are added to those of
-// its rows. It keeps E in the memory that will be dW, whose rows hold D rows of E, and in `extra`. backward: in
+// forward: in parallel the tasks, each a range of tiles that stays in cache and a group of row blocks, which share W as
+// packed for product 2. Block after block, and tile after tile, product 1 and the row pass, after each chunk of tiles
+// product 2; then, in the order of ranges, the block's sums are added to those of its rows. It keeps E in the memory that will be dW, whose rows hold D rows of E, and in `extra`. backward: in
 // parallel the tiles of tokens, product 3 with E as kept or recomputed; a slice of dW is written once, over the E that
 // it came from. Every sum has one order, so results do not depend on the number of threads.
 //
-// Memory: dW (V, D); extra (V, extra_rows); X packed; dX / g (R, D) in float32; for each thread a chunk of E and W and
-// the sums of a task (rows, D), in cache. Bytes moved: W once for each row block, mostly from cache, E once. FLOPs: 2RDV a
+// Memory: dW (V, D); extra (V, extra_rows); X packed; dX / g (R, D) in float32; for each thread a chunk of E, a range
+// of W packed and the sums of a block (rows, D), in cache. Bytes moved: W once for each row block, mostly from cache, E once. FLOPs: 2RDV a
 // product: 3 for a full backward and 1 for each row of E that was not kept, 2 for a frozen head, 1 for log-probs.
 #include <Python.h>
 
@@ -47,8 +47,9 @@ namespace {
 
 using namespace stepdpo;
 
-constexpr int64_t kRange = 32;  // tiles of a task of forward
-constexpr int64_t kChunk = 4;  // tiles between products 1 and 2
+constexpr int64_t kRange = 6;  // tiles of a task of forward: W and W packed, 2.8 MB for D = 896 in bfloat16
+constexpr int64_t kChunk = 2;  // tiles between products 1 and 2
+constexpr int64_t kGroup = 8;  // row blocks of a task, at most: they share W as packed
 constexpr int64_t kBlocks = 4;  // row blocks whose E is at hand in backward
 constexpr float kHeadroom = 40.f;  // e^40, its sum over a vocabulary and the inverse are far inside float32
 
@@ -87,7 +88,7 @@ struct Turns {
   }
 };
 
-// Some blocks of rows over the whole vocabulary. A task is a block and a range of tiles.
+// Some blocks of rows over the whole vocabulary. A task is a group of blocks and a range of tiles.
 template <typename T>
 struct Sweep {
   const Head<T>& h;
@@ -99,10 +100,13 @@ struct Sweep {
   float* product;  // (R, D) E^T W, or null
 
   const int64_t ranges = ceil_div(h.tiles, kRange), count = blocks.size();
+  // Fewer where threads would be idle.
+  const int64_t group = std::clamp<int64_t>(count * ranges / (4 * at::get_num_threads()), 1, kGroup);
+  const int64_t groups = ceil_div(count, group), packed_tiles = group > 1 ? kRange : kChunk;
   Turns turns{std::vector<int64_t>(h.row_blocks)};
 
   void run() {
-    for_each_task(ranges * count, [&](const auto& take) {
+    for_each_task(ranges * groups, [&](const auto& take) {
       try {
         work(take);
       } catch (...) {
@@ -117,44 +121,47 @@ struct Sweep {
   void work(const Take& take) {
     const int64_t w_size = h.all_columns * kVocab, e_size = kRows * kVocab;
     const Tensor floats = buffer<float>(h.scratch + 3 * kRows + (product ? kRows * h.ld : 0));
-    const Tensor operands = buffer<T>(e_size + (product ? kChunk * (e_size + w_size) : 0));
+    const Tensor operands = buffer<T>(e_size + (product ? kChunk * e_size + packed_tiles * w_size : 0));
     float *z = floats.data_ptr<float>(), *part = z + h.scratch, *part_top = part + kRows;
-    float *tops = part_top + kRows, *acc = tops + kRows;  // acc: E^T W of the task, (rows, ld)
-    T *not_kept = operands.data_ptr<T>(), *by_row = not_kept + e_size, *w = by_row + kChunk * e_size;
+    float *tops = part_top + kRows, *acc = tops + kRows;  // acc: E^T W of a block and the range, (rows, ld)
+    T *not_kept = operands.data_ptr<T>(), *by_row = not_kept + e_size, *packed = by_row + kChunk * e_size;
     std::vector<double> sums(kRows);
-    for (int64_t id = take(); id < ranges * count; id = take()) {
-      const int64_t block = blocks[id % count], range = id / count;
-      const int64_t first_row = block * kRows, rows = h.rows_of(block);
+    for (int64_t id = take(); id < ranges * groups; id = take()) {
+      const int64_t range = id / groups, begin = id % groups * group;
       const int64_t last = std::min((range + 1) * kRange, h.tiles);
-      std::fill(sums.begin(), sums.end(), 0.);
-      std::fill_n(tops, rows, -kInfinity);
-      for (int64_t first = range * kRange; first < last; first += kChunk) {
-        const int64_t n = std::min(kChunk, last - first);
-        for (int64_t i = 0; i < n; i++) {
-          T* keep = h.kept(dw, extra, extra_rows, first + i, block);
-          h.tile(first + i, block, z, part, part_top, keep ? keep : not_kept, product ? by_row + i * e_size : nullptr);
-          for (int64_t r = 0; r < rows; r++) {
-            sums[r] += part[r];
-            tops[r] = std::max(tops[r], part_top[r]);
-          }
-          if (product) h.pack_weight(first + i, w + i * w_size);
-        }
-        for (int64_t column = 0; product && column < h.D; column += h.columns)
+      for (int64_t member = begin; member < std::min(begin + group, count); member++) {
+        const int64_t block = blocks[member], first_row = block * kRows, rows = h.rows_of(block);
+        std::fill(sums.begin(), sums.end(), 0.);
+        std::fill_n(tops, rows, -kInfinity);
+        for (int64_t first = range * kRange; first < last; first += kChunk) {
+          const int64_t n = std::min(kChunk, last - first);
+          T* w = packed + (group > 1 ? first - range * kRange : 0) * w_size;
           for (int64_t i = 0; i < n; i++) {
-            h.product(rows, std::min(h.columns, h.D - column), round_up(h.tokens_of(first + i), h.pair),
-                      by_row + i * e_size, kVocab, w + i * w_size + column * kVocab, h.columns, acc + column, h.ld,
-                      first + i > range * kRange);
+            T* keep = h.kept(dw, extra, extra_rows, first + i, block);
+            h.tile(first + i, block, z, part, part_top, keep ? keep : not_kept, product ? by_row + i * e_size : nullptr);
+            for (int64_t r = 0; r < rows; r++) {
+              sums[r] += part[r];
+              tops[r] = std::max(tops[r], part_top[r]);
+            }
+            if (product && member == begin) h.pack_weight(first + i, w + i * w_size);
           }
+          for (int64_t column = 0; product && column < h.D; column += h.columns)
+            for (int64_t i = 0; i < n; i++) {
+              h.product(rows, std::min(h.columns, h.D - column), round_up(h.tokens_of(first + i), h.pair),
+                        by_row + i * e_size, kVocab, w + i * w_size + column * kVocab, h.columns, acc + column, h.ld,
+                        first + i > range * kRange);
+            }
+        }
+        if (!turns.wait(block, range)) return;
+        for (int64_t r = 0; r < std::min(rows, h.R - first_row); r++) {
+          const int64_t to = first_row + r;
+          sum[to] = sums[r] + (range ? sum[to] : 0.);
+          top[to] = std::max(tops[r], range ? top[to] : -kInfinity);
+          float* total = product + to * h.D;
+          for (int64_t d = 0; product && d < h.D; d++) total[d] = acc[r * h.ld + d] + (range ? total[d] : 0.f);
+        }
+        turns.pass(block);
       }
-      if (!turns.wait(block, range)) return;
-      for (int64_t r = 0; r < std::min(rows, h.R - first_row); r++) {
-        const int64_t to = first_row + r;
-        sum[to] = sums[r] + (range ? sum[to] : 0.);
-        top[to] = std::max(tops[r], range ? top[to] : -kInfinity);
-        float* total = product + to * h.D;
-        for (int64_t d = 0; product && d < h.D; d++) total[d] = acc[r * h.ld + d] + (range ? total[d] : 0.f);
-      }
-      turns.pass(block);
     }
   }
 };
