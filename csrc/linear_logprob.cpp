@@ -16,13 +16,15 @@
 //
 // forward: in parallel the tasks, each a range of tiles that stays in cache and a group of row blocks, which share W as
 // packed for product 2. Block after block, and tile after tile, product 1 and the row pass, after each chunk of tiles
-// product 2; then, in the order of ranges, the block's sums are added to those of its rows. It keeps E in the memory that will be dW, whose rows hold D rows of E, and in `extra`. backward: in
-// parallel the tiles of tokens, product 3 with E as kept or recomputed; a slice of dW is written once, over the E that
-// it came from. Every sum has one order, so results do not depend on the number of threads.
+// product 2; then, in the order of ranges, the block's sums are added to those of its rows. It keeps E in the memory
+// that will be dW, whose rows hold D rows of E, and in `extra`. backward: in parallel the tiles of tokens, product 3 with
+// E as kept or recomputed; a slice of dW is written once, over the E that it came from. Every sum has one order, so
+// results do not depend on the number of threads.
 //
 // Memory: dW (V, D); extra (V, extra_rows); X packed; dX / g (R, D) in float32; for each thread a chunk of E, a range
-// of W packed and the sums of a block (rows, D), in cache. Bytes moved: W once for each row block, mostly from cache, E once. FLOPs: 2RDV a
-// product: 3 for a full backward and 1 for each row of E that was not kept, 2 for a frozen head, 1 for log-probs.
+// of W packed and the sums of a block (rows, D), in cache. Bytes moved: W once for each row block, mostly from cache, E
+// once. FLOPs: 2RDV a product: 3 for a full backward and 1 for each row of E that was not kept, 2 for a frozen head, 1
+// for log-probs.
 #include <Python.h>
 
 #include <ATen/Parallel.h>
