@@ -18,8 +18,8 @@
 // packed for product 2. Block after block, and tile after tile, product 1 and the row pass, after each chunk of tiles
 // product 2; then, in the order of ranges, the block's sums are added to those of its rows. It keeps E in the memory
 // that will be dW, whose rows hold D rows of E, and in `extra`. backward: in parallel the tiles of tokens, product 3
-// with E as kept or recomputed; a slice of dW is written once, over the E that it came from. Every sum has one order, so
-// results do not depend on the number of threads.
+// with E as kept or recomputed; a slice of dW is written once, over the E that it came from. Every sum has one order,
+// so results do not depend on the number of threads.
 //
 // Memory: dW (V, D); extra (V, extra_rows); X packed; dX / g (R, D) in float32; for each thread a chunk of E, a range
 // of W packed and the sums of a block (rows, D), in cache. Bytes moved: W once for each row block, mostly from cache, E
@@ -139,8 +139,8 @@ struct Sweep {
           const int64_t n = std::min(kChunk, last - first);
           T* w = packed + (group > 1 ? first - range * kRange : 0) * w_size;
           for (int64_t i = 0; i < n; i++) {
-            T *keep = h.kept(dw, extra, extra_rows, first + i, block), *rows_of_e = product ? by_row + i * e_size : nullptr;
-            h.tile(first + i, block, z, part, part_top, keep ? keep : not_kept, rows_of_e);
+            T *keep = h.kept(dw, extra, extra_rows, first + i, block), *e = keep ? keep : not_kept;
+            h.tile(first + i, block, z, part, part_top, e, product ? by_row + i * e_size : nullptr);
             for (int64_t r = 0; r < rows; r++) {
               sums[r] += part[r];
               tops[r] = std::max(tops[r], part_top[r]);
