@@ -159,8 +159,12 @@ struct Sweep {
           const int64_t to = first_row + r;
           sum[to] = sums[r] + (range ? sum[to] : 0.);
           top[to] = std::max(tops[r], range ? top[to] : -kInfinity);
-          float* total = product + to * h.D;
-          for (int64_t d = 0; product && d < h.D; d++) total[d] = acc[r * h.ld + d] + (range ? total[d] : 0.f);
+          if (!product) continue;
+          if (range) {
+            add_to(acc + r * h.ld, h.D, product + to * h.D);
+          } else {
+            std::copy_n(acc + r * h.ld, h.D, product + to * h.D);
+          }
         }
         turns.pass(block);
       }
@@ -283,7 +287,7 @@ Tensor backward(Head<T> h, const float* grad, const float* row, T* dw, T* kept, 
         db[v] += own;
         for (int64_t d = 0; dw && d < h.D; d++) acc[v * h.ld + d] += own * static_cast<float>(h.x[*hit * h.D + d]);
       }
-      for (int64_t v = 0; dw && v < tokens; v++) std::copy_n(acc + v * h.ld, h.D, dw + (first + v) * h.D);
+      for (int64_t v = 0; dw && v < tokens; v++) round_to(acc + v * h.ld, h.D, dw + (first + v) * h.D);
       if (need_bias) std::copy_n(db.begin(), tokens, d_bias.data_ptr<float>() + first);
     }
     h.products_done();

@@ -149,6 +149,25 @@ STEPDPO_PER_ISA static void interleave(const void* even, const void* odd, int64_
   for (; i < n; i++) out[2 * i] = low[i], out[2 * i + 1] = high[i];
 }
 
+template <typename T>
+STEPDPO_INLINE void round_to_of(const float* from, int64_t n, T* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats v = fetch<Floats>(from + i);
+    store_rounded(to + i, v == v ? v : Floats{} + __builtin_nanf(""));  // some NaN would be rounded to 0
+  }
+  for (; i < n; i++) to[i] = from[i];
+}
+
+// to[i] = from[i], rounded to nearest.
+STEPDPO_PER_ISA static void round_to(const float* from, int64_t n, float* to) { round_to_of(from, n, to); }
+STEPDPO_PER_ISA static void round_to(const float* from, int64_t n, c10::BFloat16* to) { round_to_of(from, n, to); }
+
+// to[i] += from[i]
+STEPDPO_PER_ISA static void add_to(const float* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i++) to[i] += from[i];
+}
+
 STEPDPO_INLINE Floats widen(const float* from) { return fetch<Floats>(from); }
 
 STEPDPO_INLINE Floats widen(const c10::BFloat16* from) {

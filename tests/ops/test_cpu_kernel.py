@@ -382,3 +382,18 @@ def test_auto_takes_it() -> None:
     assert _dispatch.choose("linear_logprob", "auto", inputs).name == "cpu"
     wide = {name: x if x is None else x.double() for name, x in inputs.items()}
     assert _dispatch.choose("linear_logprob", "auto", wide).name == "chunked"
+
+
+@built
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1], ids=hex)
+def test_any_nan_stays_nan_when_rounded(bits: int) -> None:
+    """Adding half a unit to the bits of some NaN overflows to -0."""
+    hidden, weight, _, target, upstream = _inputs(20, 40, 300, torch.bfloat16)
+    upstream.view(torch.int32)[3] = bits
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    d_hidden, d_weight = torch.autograd.grad(
+        cpu_kernel.linear_logprob(hidden, weight, target), [hidden, weight], upstream
+    )
+    assert d_weight.isnan().all()
+    assert d_hidden[3].isnan().all()
+    assert not d_hidden[:3].isnan().any()
