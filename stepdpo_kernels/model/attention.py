@@ -22,7 +22,7 @@ from stepdpo_kernels.types import StepDPOError, TreePlan
 
 NAME = "stepdpo_tree"
 # Arguments that change the scores; a layer that passes one would get wrong probabilities without it.
-_CHANGES_SCORES = ("softcap", "s_aux", "position_bias", "cache")
+_CHANGES_SCORES = ("position_bias", "cache")
 
 
 @dataclass
@@ -42,6 +42,8 @@ def tree_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,  # (H,)
     stepdpo_plan: SignedPlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # (1, T, H, e)
@@ -75,6 +77,8 @@ def tree_attention_forward(
         stepdpo_plan.plan,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
     )
     return output[None], None
 

@@ -339,7 +339,7 @@ def test_the_attention_function_refuses_what_it_does_not_compute(tiny_model: Mak
     assert call()[0].shape == (1, batch.num_tokens, 4, 16)
     with pytest.raises(ValueError, match=r"no dropout, got 0\.1"):
         call(dropout=0.1)
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("position_bias", "cache"):
         with pytest.raises(ValueError, match=f"tree attention cannot apply {name} of LlamaAttention"):
             call(**{name: 3.0})
         call(**{name: None})

@@ -18,6 +18,8 @@ def tree_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # (H,)
     impl: str = "auto",
 ) -> Tensor:  # (T, H, e)
     """Causal softmax attention along the root-to-leaf paths of a packed forest.
@@ -30,6 +32,8 @@ def tree_attention(
         plan: where each token's path lies, on the same device.
         scale: factor on the scores, usually d ** -0.5.
         sliding_window: a token sees at most this many tokens of its path, itself included. None: all.
+        softcap: scores are softcap * tanh(scale * q k / softcap) (Gemma 2), positive.
+        sinks: (H,) a logit of each head that takes part in the softmax and has no value (gpt-oss); differentiable.
         impl: "auto", or the name of an implementation, which then raises rather than falls back.
 
     Raises:
@@ -43,12 +47,17 @@ def tree_attention(
         raise ValueError(f"heads do not fit: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if sinks is not None and sinks.shape != (query.shape[1],):
+        raise ValueError(f"sinks must be ({query.shape[1]},), one for each head of queries, got {tuple(sinks.shape)}")
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    inputs = {"query": query, "key": key, "value": value, "plan": plan, "sliding_window": sliding_window}
+    options = {"sliding_window": sliding_window, "softcap": softcap, "sinks": sinks}
+    inputs = {"query": query, "key": key, "value": value, "plan": plan, **options}
     implementation = _dispatch.choose("tree_attention", impl, inputs)
-    return implementation.run(query, key, value, plan, scale=scale, sliding_window=sliding_window)
+    return implementation.run(query, key, value, plan, scale=scale, **options)
 
 
 _dispatch.register("tree_attention", "varlen", varlen.tree_attention, varlen.why_not)

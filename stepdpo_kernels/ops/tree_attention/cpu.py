@@ -159,12 +159,21 @@ def why_not(inputs: dict[str, Any]) -> list[str]:
         reasons.append(f"it runs on the CPU, not on {query.device.type}")
     if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         reasons.append(f"it takes no {query.dtype}")
+    reasons += [f"it has no {name}" for name in ("softcap", "sinks") if inputs.get(name) is not None]
     if not reasons and "plan" in inputs and not is_depth_first(inputs["plan"]):
         reasons.append("the paths of the plan are not those of a forest in depth-first order")
     return reasons
 
 
 def tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, *, scale: float, sliding_window: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: TreePlan,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: None = None,
+    sinks: None = None,
 ) -> Tensor:
     return _BlockAttention.apply(query, key, value, plan, scale, sliding_window)

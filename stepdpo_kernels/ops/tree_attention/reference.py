@@ -32,6 +32,8 @@ def tree_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # (H,)
 ) -> Tensor:  # (T, H, e)
     """Softmax attention over the dense mask, in at least float32; see `api.tree_attention`."""
     compute = torch.promote_types(query.dtype, torch.float32)
@@ -39,6 +41,10 @@ def tree_attention(
     q = query.to(compute).transpose(0, 1)  # (H, T, d)
     k, v = (x.to(compute).repeat_interleave(share, dim=1).transpose(0, 1) for x in (key, value))
     scores = scale * q @ k.transpose(1, 2)  # (H, T, T)
-    mask = dense_mask(plan, sliding_window).to(query.device)
-    probabilities = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~dense_mask(plan, sliding_window).to(query.device), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(compute)[:, None, None].expand(-1, scores.shape[1], 1)], dim=2)
+    probabilities = scores.softmax(dim=-1)[:, :, : scores.shape[1]]
     return (probabilities @ v).transpose(0, 1).to(query.dtype)

@@ -27,11 +27,20 @@ def why_not(inputs: dict[str, Any]) -> list[str]:
         reasons.append(f"heads of queries ({query.shape[2]}) and values ({value.shape[2]}) differ in size")
     if query.shape[2] > 256:
         reasons.append(f"heads of at most 256, not {query.shape[2]}")
+    reasons += [f"it has no {name}" for name in ("softcap", "sinks") if inputs.get(name) is not None]
     return reasons
 
 
 def tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, *, scale: float, sliding_window: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: TreePlan,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: None = None,
+    sinks: None = None,
 ) -> Tensor:
     output: Tensor = varlen.varlen_attn(  # type: ignore[assignment]  # a tuple only with return_aux
         query.contiguous(),
