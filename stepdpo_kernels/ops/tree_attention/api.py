@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,26 @@ def tree_attention(
     return implementation.run(query, key, value, plan, scale=scale, **options)
 
 
+def _triton(*args: Any, **options: Any) -> Tensor:
+    from stepdpo_kernels.ops.tree_attention import triton_kernel
+
+    return triton_kernel.tree_attention(*args, **options)
+
+
+def _triton_why_not_auto(inputs: dict[str, Any]) -> list[str]:
+    unmeasured = (
+        [] if varlen.why_not(inputs) else ["varlen takes these inputs, and no measurement says which is faster"]
+    )
+    return _dispatch.triton_why_not_auto("query")(inputs) + unmeasured
+
+
+_dispatch.register(
+    "tree_attention",
+    "triton",
+    _triton,
+    _dispatch.triton_why_not("query", "stepdpo_kernels.ops.tree_attention.triton_kernel"),
+    _triton_why_not_auto,
+)
 _dispatch.register("tree_attention", "varlen", varlen.tree_attention, varlen.why_not)
 _dispatch.register("tree_attention", "cpu", cpu.tree_attention, cpu.why_not)
 _dispatch.register("tree_attention", "reference", reference.tree_attention, lambda inputs: [])
