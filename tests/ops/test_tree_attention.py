@@ -59,7 +59,14 @@ def _qkv(
 
 
 def _branch_by_branch(
-    query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float, window: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: TreePlan,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Every root-to-leaf path as a sequence of its own, all of its tokens as queries, in the dtype of the inputs."""
     outputs: dict[int, Tensor] = {}
@@ -73,9 +80,14 @@ def _branch_by_branch(
         barred = torch.ones(n, n, dtype=torch.bool).triu(1)
         if window is not None:
             barred |= torch.ones(n, n, dtype=torch.bool).tril(-window)
-        scores = (q @ k.transpose(1, 2) * scale).masked_fill(barred, -torch.inf)
+        scores = q @ k.transpose(1, 2) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.masked_fill(barred, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(-1, n, 1)], dim=2)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
-        out = (weights @ v).transpose(0, 1)
+        out = (weights[:, :, :n] @ v).transpose(0, 1)
         for i, position in enumerate(path.tolist()):
             # the root of many paths is computed many times; any of them will do
             outputs[position] = out[i]
@@ -103,6 +115,37 @@ def test_every_branch_sees_itself_and_nothing_else(
     _close(plan, heads, window, impl)
 
 
+OPTIONS = {"softcap": (1.5, False), "sinks": (None, True), "both": (1.5, True)}
+
+
+def _with_sinks(qkv: list[Tensor], sinks: bool) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    heads = qkv[0].shape[1]
+    return [*qkv, torch.randn(heads, generator=generator, dtype=torch.float64).to(qkv[0].dtype)] if sinks else qkv
+
+
+@pytest.mark.parametrize("window", [None, 2, 17])
+@pytest.mark.parametrize(("softcap", "sinks"), OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 5), (3, 16)], ids=str)
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_softcap_and_sinks(
+    impl: str, plan: TreePlan, sizes: tuple[int, int], softcap: float | None, sinks: bool, window: int | None
+) -> None:
+    inputs = _with_sinks([*_qkv(plan, size=sizes[0])[:2], _qkv(plan, size=sizes[1])[2]], sinks)
+    upstream = torch.randn(plan.num_tokens, 4, sizes[1], dtype=torch.float64)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, s: Tensor | None = None) -> Tensor:
+        options: dict[str, Any] = {"sliding_window": window, "softcap": softcap, "sinks": s}
+        return tree_attention(q, k, v, plan, scale=0.8, impl=impl, **options)
+
+    def oracle(q: Tensor, k: Tensor, v: Tensor, s: Tensor | None = None) -> Tensor:
+        return _branch_by_branch(q, k, v, plan, 0.8, window, softcap, s)
+
+    for a, b in zip(*(value_and_gradients(f, inputs, upstream) for f in (ours, oracle)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(step_pairs(), st.sampled_from(["tree", "pair", "none"]), st.one_of(st.none(), st.integers(1, 9)))
 def test_any_forest(pairs: list[StepPair], share: str, window: int | None) -> None:
@@ -127,20 +170,28 @@ def test_the_mask_is_the_relation_of_descent(pairs: list[StepPair], share: str, 
 
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("size", [8, 64, 7])
+@pytest.mark.parametrize(
+    ("softcap", "sinks"), [(None, False), *OPTIONS.values(), (0.2, False)], ids=["plain", *OPTIONS, "low"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("plan", ["forest", "star", "one leaf"])
-def test_as_good_as_eager(plan: str, dtype: torch.dtype, size: int, window: int | None) -> None:
+def test_as_good_as_eager(
+    plan: str, dtype: torch.dtype, softcap: float | None, sinks: bool, size: int, window: int | None
+) -> None:
     tree = PLANS[plan]
-    qkv = _qkv(tree, size=size, dtype=dtype)
-    upstream, scale = torch.randn_like(qkv[0]), size**-0.5
-    ours = value_and_gradients(
-        lambda q, k, v: tree_attention(q, k, v, tree, scale=scale, sliding_window=window, impl="cpu"), qkv, upstream
-    )
-    eager, oracle = (
-        value_and_gradients(lambda q, k, v: _branch_by_branch(q, k, v, tree, scale, window), qkv, upstream, as_dtype)
-        for as_dtype in (None, torch.float64)
-    )
-    for name, a, b, c in zip(["output", "dQ", "dK", "dV"], ours, eager, oracle, strict=True):
+    inputs = _with_sinks(_qkv(tree, size=size, dtype=dtype), sinks)
+    upstream, scale = torch.randn_like(inputs[0]), size**-0.5
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, s: Tensor | None = None) -> Tensor:
+        options: dict[str, Any] = {"sliding_window": window, "softcap": softcap, "sinks": s}
+        return tree_attention(q, k, v, tree, scale=scale, impl="cpu", **options)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, s: Tensor | None = None) -> Tensor:
+        return _branch_by_branch(q, k, v, tree, scale, window, softcap, s)
+
+    ours = value_and_gradients(attend, inputs, upstream)
+    eager, oracle = (value_and_gradients(plain, inputs, upstream, as_dtype) for as_dtype in (None, torch.float64))
+    for name, a, b, c in zip(["output", "dQ", "dK", "dV", "d sinks"], ours, eager, oracle, strict=False):
         assert a.dtype == dtype
         assert_as_good_as_eager(name, a, b, c, dtype)
 
@@ -172,13 +223,30 @@ def test_scores_far_apart() -> None:
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("softcap", [None, 0.6])
 @pytest.mark.parametrize("window", [None, 3])
-def test_gradients_by_finite_differences(impl: str, window: int | None) -> None:
+def test_gradients_by_finite_differences(impl: str, window: int | None, softcap: float | None) -> None:
     plan = _plan([make_pair([1, 2], [3, 4], [5, 6]), make_pair([1, 2, 3], [7, 8], [9])])
-    qkv = [x.requires_grad_() for x in _qkv(plan, (2, 1), 3)]
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: tree_attention(q, k, v, plan, scale=0.7, sliding_window=window, impl=impl), qkv
-    )
+    inputs = [x.requires_grad_() for x in _with_sinks(_qkv(plan, (2, 1), 3), True)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+        options: dict[str, Any] = {"sliding_window": window, "softcap": softcap, "sinks": s}
+        return tree_attention(q, k, v, plan, scale=0.7, impl=impl, **options)
+
+    assert torch.autograd.gradcheck(attend, inputs)
+
+
+def test_sinks_that_take_nothing_and_everything() -> None:
+    plan = PLANS["forest"]
+    qkv = _qkv(plan)
+    plain = tree_attention(*qkv, plan, scale=0.3, impl="cpu")
+    sinks = torch.tensor([-torch.inf, 0, 1000, -1000], dtype=torch.float64, requires_grad=True)
+    output = tree_attention(*qkv, plan, scale=0.3, sinks=sinks, impl="cpu")
+    torch.testing.assert_close(output[:, [0, 3]], plain[:, [0, 3]])
+    assert not output[:, 2].any()
+    (grad,) = torch.autograd.grad(output.square().sum(), sinks)
+    assert grad.isfinite().all()
+    assert (grad != 0).tolist() == [False, True, False, False]
 
 
 def test_only_ancestors_get_a_gradient() -> None:
@@ -243,6 +311,20 @@ def test_autocast_casts() -> None:
     assert output.dtype == torch.bfloat16
     assert torch.equal(output, tree_attention(*(x.bfloat16() for x in qkv), plan, scale=0.3, impl="cpu"))
     assert {g.dtype for g in torch.autograd.grad(output.float().sum(), qkv)} == {torch.float32}
+
+
+def test_sinks_of_another_dtype() -> None:
+    plan = PLANS["forest"]
+    qkv = _qkv(plan, dtype=torch.bfloat16)
+    sinks = torch.tensor([0.3, -1.1, 2.3, 0.7], requires_grad=True)
+    output = tree_attention(*qkv, plan, scale=0.3, sinks=sinks, impl="cpu")
+    assert output.dtype == torch.bfloat16
+    exact = tree_attention(*(x.double() for x in qkv), plan, scale=0.3, sinks=sinks.double(), impl="reference")
+    upstream = torch.randn_like(output)
+    torch.testing.assert_close(output.double(), exact, rtol=2**-7, atol=2**-8)
+    (ours,), (theirs,) = (torch.autograd.grad(x, sinks, upstream.to(x.dtype)) for x in (output, exact))
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * theirs.abs().max().item())
 
 
 # The varlen adapter, with torch's kernel replaced by its documented semantics.
@@ -345,7 +427,6 @@ def test_auto_takes_the_cpu_path_on_the_cpu() -> None:
     plan = PLANS["one leaf"]
     inputs = dict(zip(("query", "key", "value"), _qkv(plan), strict=True))
     assert _dispatch.choose("tree_attention", "auto", inputs).run is cpu.tree_attention
-    assert _dispatch.implementations("tree_attention") == ["varlen", "cpu", "reference"]
     integers = [x.to(torch.int64) for x in _qkv(plan, (2, 2))]
     with pytest.raises(ValueError, match=r"it takes no torch\.int64"):
         tree_attention(*integers, plan, scale=1.0, impl="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,18 +55,20 @@ def _qkv(plan: TreePlan, heads: tuple[int, int] = (4, 2), size: int = 8) -> list
     return [torch.randn(plan.num_tokens, h, size, dtype=torch.float64) for h in (heads[0], heads[1], heads[1])]
 
 
-def _close(plan: TreePlan, window: int | None = None, heads: tuple[int, int] = (4, 2)) -> None:
+def _close(
+    plan: TreePlan, window: int | None = None, heads: tuple[int, int] = (4, 2), softcap: float | None = None
+) -> None:
+    """With a softcap also with sinks."""
     qkv = _qkv(plan, heads)
     upstream = torch.randn_like(qkv[0])
-    ours, oracle = (
-        value_and_gradients(
-            lambda q, k, v, impl=impl: tree_attention(q, k, v, plan, scale=0.3, sliding_window=window, impl=impl),
-            qkv,
-            upstream,
-        )
-        for impl in ("cpu", "reference")
-    )
-    for name, a, b in zip(["output", "dQ", "dK", "dV"], ours, oracle, strict=True):
+    inputs = qkv if softcap is None else [*qkv, torch.randn(heads[0], dtype=torch.float64)]
+
+    def attend(impl: str, q: Tensor, k: Tensor, v: Tensor, s: Tensor | None = None) -> Tensor:
+        options: dict[str, Any] = {"sliding_window": window, "softcap": softcap, "sinks": s}
+        return tree_attention(q, k, v, plan, scale=0.3, impl=impl, **options)
+
+    ours, oracle = (value_and_gradients(partial(attend, impl), inputs, upstream) for impl in ("cpu", "reference"))
+    for name, a, b in zip(["output", "dQ", "dK", "dV", "d sinks"], ours, oracle, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -121,10 +124,16 @@ _LIMIT_VALUES = st.fixed_dictionaries(
     st.sampled_from(["tree", "pair", "none"]),
     st.one_of(st.none(), st.integers(1, 9)),
     st.sampled_from([1, 2]),
+    st.sampled_from([None, 0.7]),
     _LIMIT_VALUES,
 )
 def test_any_forest_under_any_limits(
-    pairs: list[StepPair], share: str, window: int | None, groups: int, limits: dict[str, int]
+    pairs: list[StepPair],
+    share: str,
+    window: int | None,
+    groups: int,
+    softcap: float | None,
+    limits: dict[str, int],
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in limits.items():
@@ -136,7 +145,7 @@ def test_any_forest_under_any_limits(
         assert all(
             sum(c.columns for c in s.chunks[:-1]) <= blocks.SEGMENT_KEYS * plan.num_tokens for s in of_plan.segments
         )
-        _close(plan, window, (2, groups))
+        _close(plan, window, (2, groups), softcap)
 
 
 SIZES = [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 320, 513]
@@ -208,12 +217,13 @@ def test_no_tokens() -> None:
     zero = torch.zeros(1, dtype=torch.int32)
     plan = TreePlan(keys=Ragged.from_rows(nothing, nothing, 0), cu_q=zero, cu_k=zero, max_q=0, max_k=0)
     qkv = [torch.empty(0, h, 8, requires_grad=True) for h in (4, 2, 2)]
-    output = tree_attention(*qkv, plan, scale=1.0, impl="cpu")
+    inputs = [*qkv, torch.ones(4, requires_grad=True)]
+    output = tree_attention(*qkv, plan, scale=1.0, sinks=inputs[3], impl="cpu")
     assert output.shape == (0, 4, 8)
-    assert [g.shape for g in torch.autograd.grad(output.sum(), qkv)] == [x.shape for x in qkv]
+    assert [g.shape for g in torch.autograd.grad(output.sum(), inputs)] == [x.shape for x in inputs]
 
 
-def _saved(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan) -> list[Tensor]:
+def _saved(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, softcap: float | None = None) -> list[Tensor]:
     """What a forward keeps for backward."""
     saved: list[Tensor] = []
 
@@ -222,12 +232,15 @@ def _saved(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan) -> list[Te
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        tree_attention(query, key, value, plan, scale=0.3, impl="cpu")
+        tree_attention(query, key, value, plan, scale=0.3, softcap=softcap, impl="cpu")
     return saved
 
 
+@pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_probabilities_kept_or_not_are_the_same_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_probabilities_kept_or_not_are_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, softcap: float | None
+) -> None:
     plan = _plan(forest_pairs())
     qkv = [x.to(dtype) for x in _qkv(plan)]
     upstream = torch.randn_like(qkv[0])
@@ -235,19 +248,22 @@ def test_probabilities_kept_or_not_are_the_same_bits(monkeypatch: pytest.MonkeyP
     for keep in (0, 1000):
         monkeypatch.setattr(cpu, "KEPT_PROBABILITIES", keep)
         results.append(
-            value_and_gradients(lambda q, k, v: tree_attention(q, k, v, plan, scale=0.3, impl="cpu"), qkv, upstream)
+            value_and_gradients(
+                lambda q, k, v: tree_attention(q, k, v, plan, scale=0.3, softcap=softcap, impl="cpu"), qkv, upstream
+            )
         )
-        saved.append(len(_saved(*(x.clone().requires_grad_() for x in qkv), plan)))
-    assert saved == [3, 3 + len(blocks_of(plan, None, 2).chunks)]
+        saved.append(len(_saved(*(x.clone().requires_grad_() for x in qkv), plan, softcap)))
+    assert saved == [3, 3 + (1 if softcap is None else 2) * len(blocks_of(plan, None, 2).chunks)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_what_is_kept_is_bounded_by_the_queries() -> None:
-    for length in (100, 1000):
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_what_is_kept_is_bounded_by_the_queries(softcap: float | None) -> None:
+    for length in (60, 100, 1000):
         plan = _chains(length)
         query, key, value = (x.float().requires_grad_() for x in _qkv(plan, (4, 1), 32))
-        probabilities = _saved(query, key, value, plan)[3:]
-        assert bool(probabilities) == (length == 100)
+        probabilities = _saved(query, key, value, plan, softcap)[3:]
+        assert bool(probabilities) == (length <= (100 if softcap is None else 60))
         assert sum(x.nbytes for x in probabilities) <= cpu.KEPT_PROBABILITIES * query.nbytes
 
 
