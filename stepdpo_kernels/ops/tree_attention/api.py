@@ -69,9 +69,7 @@ def _triton(*args: Any, **options: Any) -> Tensor:
 
 
 def _triton_why_not_auto(inputs: dict[str, Any]) -> list[str]:
-    unmeasured = (
-        [] if varlen.why_not(inputs) else ["varlen takes these inputs, and no measurement says which is faster"]
-    )
+    unmeasured = [] if varlen.why_not(inputs) else ["varlen takes these inputs, and which is faster is not measured"]
     return _dispatch.triton_why_not_auto("query")(inputs) + unmeasured
 
 

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepdpo_kernels.ops.linear_logprob.triton_kernel import around_launches, target_of
-from stepdpo_kernels.ops.tree_attention.triton_tiles import tiles_of
+from stepdpo_kernels.ops.tree_attention.triton_tiles import Shape, tiles_of
 from stepdpo_kernels.types import TreePlan
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -37,45 +37,58 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SIZE = 256
 
 
-class Config(NamedTuple):
-    """Tile sizes of all kernels, and (warps, stages) of each."""
+class Launch(NamedTuple):
+    num_warps: int
+    num_stages: int
 
-    block_rows: int
-    block_keys: int
-    forward: tuple[int, int]
-    d_query: tuple[int, int]
-    d_key: tuple[int, int]
+
+class Config(NamedTuple):
+    """Tile shapes of forward and backward, how each kernel is launched, and whether dK and dV are two launches."""
+
+    forward_shape: Shape
+    backward_shape: Shape
+    forward: Launch
+    d_query: Launch
+    d_key: Launch
+    split: bool
+
+
+def _of(forward: tuple[int, ...], backward: tuple[int, ...], split: bool = False) -> Config:
+    """rows, keys, warps, stages; and rows, keys, warps and stages of dQ, warps and stages of dK and dV."""
+    shapes = Shape(*forward[:2]), Shape(*backward[:2])
+    return Config(*shapes, Launch(*forward[2:]), Launch(*backward[2:4]), Launch(*backward[4:]), split)
 
 
 # Not tuned at run time: two runs of a step take the same tiles and give the same bits. Keys: what `target_of` returns,
 # the bits of an element, and the larger head size as a power of two.
 CONFIGS = {
-    ("cuda", 80, 16, 64): Config(128, 64, (4, 3), (8, 2), (8, 2)),
-    ("cuda", 80, 16, 128): Config(128, 64, (8, 2), (8, 2), (8, 1)),
-    ("cuda", 80, 16, 256): Config(64, 32, (8, 2), (8, 1), (8, 1)),
-    ("cuda", 80, 32, 64): Config(32, 32, (4, 2), (4, 2), (4, 2)),
-    ("cuda", 80, 32, 128): Config(32, 32, (8, 2), (8, 1), (8, 1)),
-    ("cuda", 80, 32, 256): Config(16, 16, (4, 1), (4, 1), (4, 1)),
-    ("cuda", 90, 16, 64): Config(128, 64, (4, 3), (8, 3), (8, 3)),
-    ("cuda", 90, 16, 128): Config(128, 64, (8, 3), (8, 2), (8, 2)),
-    ("cuda", 90, 16, 256): Config(64, 64, (8, 2), (8, 1), (8, 1)),
-    ("cuda", 90, 32, 64): Config(32, 32, (4, 2), (4, 2), (4, 2)),
-    ("cuda", 90, 32, 128): Config(32, 32, (8, 2), (8, 1), (8, 1)),
-    ("cuda", 90, 32, 256): Config(16, 16, (4, 1), (4, 1), (4, 1)),
-    ("cuda", 100, 16, 64): Config(128, 64, (4, 3), (8, 3), (8, 3)),
-    ("cuda", 100, 16, 128): Config(128, 64, (8, 3), (8, 2), (8, 2)),
-    ("cuda", 100, 16, 256): Config(64, 64, (8, 2), (8, 1), (8, 1)),
-    ("cuda", 100, 32, 64): Config(32, 32, (4, 2), (4, 2), (4, 2)),
-    ("cuda", 100, 32, 128): Config(32, 32, (8, 2), (8, 1), (8, 1)),
-    ("cuda", 100, 32, 256): Config(16, 16, (4, 1), (4, 1), (4, 1)),
-    ("hip", 0, 16, 64): Config(128, 64, (4, 1), (4, 1), (4, 1)),
-    ("hip", 0, 16, 128): Config(64, 32, (4, 1), (4, 1), (4, 1)),
-    ("hip", 0, 16, 256): Config(32, 32, (4, 1), (4, 1), (4, 1)),
-    ("hip", 0, 32, 64): Config(32, 32, (4, 1), (4, 1), (4, 1)),
-    ("hip", 0, 32, 128): Config(32, 32, (4, 1), (4, 1), (4, 1)),
-    ("hip", 0, 32, 256): Config(16, 16, (4, 1), (4, 1), (4, 1)),
+    ("cuda", 80, 16, 64): _of((128, 64, 4, 3), (128, 64, 8, 2, 8, 2)),
+    ("cuda", 80, 16, 128): _of((128, 64, 8, 2), (128, 64, 8, 2, 8, 1)),
+    ("cuda", 80, 16, 256): _of((64, 32, 8, 2), (64, 32, 8, 1, 8, 1)),
+    ("cuda", 80, 32, 64): _of((32, 32, 4, 2), (32, 32, 4, 2, 4, 2)),
+    ("cuda", 80, 32, 128): _of((32, 32, 8, 2), (32, 32, 8, 1, 8, 1)),
+    ("cuda", 80, 32, 256): _of((16, 16, 4, 1), (16, 16, 4, 1, 4, 1)),
+    ("cuda", 90, 16, 64): _of((128, 64, 4, 3), (128, 64, 8, 3, 8, 3)),
+    ("cuda", 90, 16, 128): _of((128, 64, 8, 3), (128, 64, 8, 2, 8, 2)),
+    ("cuda", 90, 16, 256): _of((64, 64, 8, 2), (64, 64, 8, 1, 8, 1)),
+    ("cuda", 90, 32, 64): _of((32, 32, 4, 2), (32, 32, 4, 2, 4, 2)),
+    ("cuda", 90, 32, 128): _of((32, 32, 8, 2), (32, 32, 8, 1, 8, 1)),
+    ("cuda", 90, 32, 256): _of((16, 16, 4, 1), (16, 16, 4, 1, 4, 1)),
+    ("cuda", 100, 16, 64): _of((128, 64, 4, 3), (128, 64, 8, 3, 8, 3)),
+    ("cuda", 100, 16, 128): _of((128, 64, 8, 3), (128, 64, 8, 2, 8, 2)),
+    ("cuda", 100, 16, 256): _of((64, 64, 8, 2), (64, 64, 8, 1, 8, 1)),
+    ("cuda", 100, 32, 64): _of((32, 32, 4, 2), (32, 32, 4, 2, 4, 2)),
+    ("cuda", 100, 32, 128): _of((32, 32, 8, 2), (32, 32, 8, 1, 8, 1)),
+    ("cuda", 100, 32, 256): _of((16, 16, 4, 1), (16, 16, 4, 1, 4, 1)),
+    ("hip", 0, 16, 64): _of((128, 64, 4, 1), (128, 64, 4, 1, 4, 1)),
+    ("hip", 0, 16, 128): _of((64, 32, 4, 1), (64, 32, 4, 1, 4, 1)),
+    ("hip", 0, 16, 256): _of((32, 32, 4, 1), (32, 32, 4, 1, 4, 1)),
+    ("hip", 0, 32, 64): _of((32, 32, 4, 1), (32, 32, 4, 1, 4, 1)),
+    ("hip", 0, 32, 128): _of((32, 32, 4, 1), (32, 32, 4, 1, 4, 1)),
+    ("hip", 0, 32, 256): _of((16, 16, 4, 1), (16, 16, 4, 1, 4, 1)),
 }
-INTERPRETER_CONFIG = Config(32, 16, (4, 1), (4, 1), (4, 1))
+INTERPRETER_CONFIG = _of((64, 16, 4, 1), (32, 32, 4, 1, 4, 1))
+DELTA_ROWS = 32
 
 
 def config_for(device: torch.device, dtype: torch.dtype, size: int) -> Config:
@@ -100,7 +113,9 @@ def _tile(x, token, head, stride_t, stride_h, T, SIZE: tl.constexpr, BLOCK: tl.c
     """[tokens, BLOCK] of (T, heads, SIZE), 0 outside it; head is a number or one for each token."""
     c = tl.arange(0, BLOCK)
     offset = token.to(tl.int64) * stride_t + head * stride_h
-    inside = (token < T)[:, None] & (c < SIZE)[None, :]
+    inside = (token < T)[:, None]
+    if SIZE != BLOCK:
+        inside = inside & (c < SIZE)[None, :]
     return tl.load(x + offset[:, None] + c[None, :], mask=inside, other=0.0)
 
 
@@ -109,7 +124,9 @@ def _store(x, tile, token, head, stride_t, T, SIZE: tl.constexpr, BLOCK: tl.cons
     """The inverse of _tile for a tensor with neighbouring heads."""
     c = tl.arange(0, BLOCK)
     offset = token.to(tl.int64) * stride_t + head * SIZE
-    inside = (token < T)[:, None] & (c < SIZE)[None, :]
+    inside = (token < T)[:, None]
+    if SIZE != BLOCK:
+        inside = inside & (c < SIZE)[None, :]
     tl.store(x + offset[:, None] + c[None, :], tile.to(x.dtype.element_ty), mask=inside)
 
 
@@ -238,12 +255,24 @@ def _forward_kernel(
 # ---- backward -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _d_scores(products, d_p, sees, top, log_sum, delta, scale, softcap, SOFTCAP: tl.constexpr):
-    """p, and dS / scale: the derivative by q k, as the numbers are before they are rounded."""
-    z, slope = _scores(products, sees, scale, softcap, SOFTCAP)
-    p = tl.exp((z - top) - log_sum)
-    return p, p * (d_p - delta) * slope
+@triton.jit(do_not_specialize=["T"])
+def _delta_kernel(
+    out,  # (T, H, E)
+    d_out,  # (T, H, E)
+    deltas,  # (T, H) float32
+    T,
+    H,
+    stride_dt,
+    stride_dh,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token, head = r // H, r % H
+    o_tile = _tile(out, token, head, H * E, E, T, E, BLOCK_E)
+    d_tile = _tile(d_out, token, head, stride_dt, stride_dh, T, E, BLOCK_E)
+    tl.store(deltas + r, tl.sum(o_tile.to(tl.float32) * d_tile.to(tl.float32), axis=1), mask=token < T)
 
 
 @triton.jit(do_not_specialize=["T", "seen_stride", "window"])
@@ -251,14 +280,13 @@ def _d_query_kernel(
     q,  # (T, H, D)
     k,  # (T, G, D)
     v,  # (T, G, E)
-    out,  # (T, H, E)
     d_out,  # (T, H, E)
     stats,  # (2, T, H) float32
+    deltas,  # (T, H) float32
     ends,  # (T,) int32
     depths,  # (T,) int32
     seen,  # (blocks of rows, 1 + tiles of keys) int32
     d_q,  # (T, H, D)
-    deltas,  # (T, H) float32
     T,
     H,
     stride_qt,
@@ -289,10 +317,8 @@ def _d_query_kernel(
     depth = _of_tokens(depths, token, T, 0, WINDOW)
     q_tile = _tile(q, token, head, stride_qt, stride_qh, T, D, BLOCK_D)
     d_tile = _tile(d_out, token, head, stride_dt, stride_dh, T, E, BLOCK_E)
-    o_tile = _tile(out, token, head, H * E, E, T, E, BLOCK_E)
-    delta = tl.sum(o_tile.to(tl.float32) * d_tile.to(tl.float32), axis=1)
     at = token * H + head
-    tl.store(deltas + at, delta, mask=token < T)
+    delta = tl.load(deltas + at, mask=token < T, other=0.0)
     top = tl.load(stats + at, mask=token < T, other=0.0)
     log_sum = tl.load(stats + T * H + at, mask=token < T, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -306,9 +332,8 @@ def _d_query_kernel(
         sees = _sees(token[:, None], depth[:, None], key[None, :], end[None, :], key_depth[None, :], window, WINDOW)
         products = _dot(q_tile, k_tile.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
         d_p = _dot(d_tile, v_tile.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
-        _, d_s = _d_scores(
-            products, d_p, sees, top[:, None], log_sum[:, None], delta[:, None], scale, softcap, SOFTCAP
-        )  # fmt: skip
+        z, slope = _scores(products, sees, scale, softcap, SOFTCAP)
+        d_s = tl.exp((z - top[:, None]) - log_sum[:, None]) * (d_p - delta[:, None]) * slope
         acc = _dot(d_s.to(k_tile.dtype), k_tile, acc, UPCAST)
     _store(d_q, acc * scale, token, head, H * D, T, D, BLOCK_D)
 
@@ -350,6 +375,8 @@ def _d_key_kernel(
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     UPCAST: tl.constexpr,
+    KEYS: tl.constexpr,  # whether to compute dK
+    VALUES: tl.constexpr,  # whether to compute dV
 ):
     tile = tl.program_id(0)  # the first tiles are seen by most
     key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -367,19 +394,22 @@ def _d_key_kernel(
         at = token * H + head
         top = tl.load(stats + at, mask=token < T, other=0.0)
         log_sum = tl.load(stats + T * H + at, mask=token < T, other=0.0)
-        delta = tl.load(deltas + at, mask=token < T, other=0.0)
         depth = _of_tokens(depths, token, T, 0, WINDOW)
         sees = _sees(token[None, :], depth[None, :], key[:, None], end[:, None], key_depth[:, None], window, WINDOW)
         products = _dot(k_tile, q_tile.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST)
-        d_p = _dot(v_tile, d_tile.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST)
-        p, d_s = _d_scores(
-            products, d_p, sees, top[None, :], log_sum[None, :], delta[None, :], scale, softcap, SOFTCAP
-        )  # fmt: skip
-        v_acc = _dot(p.to(d_tile.dtype), d_tile, v_acc, UPCAST)
-        k_acc = _dot(d_s.to(q_tile.dtype), q_tile, k_acc, UPCAST)
+        z, slope = _scores(products, sees, scale, softcap, SOFTCAP)
+        p = tl.exp((z - top[None, :]) - log_sum[None, :])
+        if VALUES:
+            v_acc = _dot(p.to(d_tile.dtype), d_tile, v_acc, UPCAST)
+        if KEYS:
+            d_p = _dot(v_tile, d_tile.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST)
+            d_s = p * (d_p - tl.load(deltas + at, mask=token < T, other=0.0)[None, :]) * slope
+            k_acc = _dot(d_s.to(q_tile.dtype), q_tile, k_acc, UPCAST)
     groups = tl.num_programs(1)
-    _store(d_k, k_acc * scale, key, tl.program_id(1), groups * D, T, D, BLOCK_D)
-    _store(d_v, v_acc, key, tl.program_id(1), groups * E, T, E, BLOCK_E)
+    if KEYS:
+        _store(d_k, k_acc * scale, key, tl.program_id(1), groups * D, T, D, BLOCK_D)
+    if VALUES:
+        _store(d_v, v_acc, key, tl.program_id(1), groups * E, T, E, BLOCK_E)
 
 
 # ---- why not --------------------------------------------------------------------------------------------------------
@@ -409,19 +439,27 @@ def _neighbouring(x: Tensor) -> Tensor:
 
 
 def _constants(
-    query: Tensor, value: Tensor, group: int, softcap: float | None, window: int | None, config: Config
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softcap: float | None,
+    window: int | None,
+    shape: Shape,
+    launch: Launch,
 ) -> dict[str, Any]:
     return {
         "D": query.shape[2],
         "E": value.shape[2],
-        "GROUP": group,
-        "BLOCK_M": config.block_rows,
-        "BLOCK_N": config.block_keys,
+        "GROUP": query.shape[1] // key.shape[1],
+        "BLOCK_M": shape.rows,
+        "BLOCK_N": shape.keys,
         "BLOCK_D": max(16, triton.next_power_of_2(query.shape[2])),
         "BLOCK_E": max(16, triton.next_power_of_2(value.shape[2])),
         "SOFTCAP": softcap is not None,
         "WINDOW": window is not None,
         "UPCAST": INTERPRETED,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
         "enable_fp_fusion": True,  # Triton's default is to change
     }
 
@@ -438,8 +476,9 @@ def _attention(
     sinks: Tensor | None,
     ends: Tensor,
     depths: Tensor,
-    seen: Tensor,
-    seen_by: Tensor,
+    forward: Tensor,
+    d_query_tiles: Tensor,
+    d_key_tiles: Tensor,
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
@@ -450,20 +489,19 @@ def _attention(
     out = query.new_empty(tokens, heads, value.shape[2])
     stats = query.new_empty(2, tokens, heads, dtype=torch.float32)
     config = _config(query, value)
-    warps, stages = config.forward
     if tokens:
         with around_launches(query):
-            _forward_kernel[seen.shape[0], groups](
-                q, k, v, None if sinks is None else sinks.contiguous(), ends, depths, seen, out, stats,
-                tokens, heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], seen.stride(0),
-                scale, softcap or 0.0, sliding_window or 0, SINKS=sinks is not None, num_warps=warps, num_stages=stages,
-                **_constants(query, value, heads // groups, softcap, sliding_window, config),
+            _forward_kernel[forward.shape[0], groups](
+                q, k, v, None if sinks is None else sinks.contiguous(), ends, depths, forward, out, stats,
+                tokens, heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], forward.stride(0),
+                scale, softcap or 0.0, sliding_window or 0, SINKS=sinks is not None,
+                **_constants(query, key, value, softcap, sliding_window, config.forward_shape, config.forward),
             )  # fmt: skip
     return out, stats
 
 
 @_attention.register_fake
-def _(query, key, value, sinks, ends, depths, seen, seen_by, scale, sliding_window, softcap):  # type: ignore[no-untyped-def]
+def _(query, key, value, *_):  # type: ignore[no-untyped-def]
     tokens, heads, _ = query.shape
     out = query.new_empty(tokens, heads, value.shape[2])
     return out, query.new_empty(2, tokens, heads, dtype=torch.float32)
@@ -480,8 +518,9 @@ def _gradients(
     sinks: Tensor | None,
     ends: Tensor,
     depths: Tensor,
-    seen: Tensor,
-    seen_by: Tensor,
+    forward: Tensor,
+    d_query_tiles: Tensor,
+    d_key_tiles: Tensor,
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
@@ -494,19 +533,24 @@ def _gradients(
     config = _config(query, value)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad.stride()[:2])
     options = (scale, softcap or 0.0, sliding_window or 0)
-    constants = _constants(query, value, heads // groups, softcap, sliding_window, config)
+    masks = (softcap, sliding_window, config.backward_shape)
     if tokens:
         with around_launches(query):
-            warps, stages = config.d_query
-            _d_query_kernel[seen.shape[0], groups](
-                q, k, v, out, grad, stats, ends, depths, seen, d_query, deltas,
-                tokens, heads, *strides, seen.stride(0), *options, num_warps=warps, num_stages=stages, **constants,
+            _delta_kernel[(triton.cdiv(tokens * heads, DELTA_ROWS),)](
+                out, grad, deltas, tokens, heads, *grad.stride()[:2], value.shape[2], BLOCK=DELTA_ROWS,
+                BLOCK_E=max(16, triton.next_power_of_2(value.shape[2])), num_warps=4,
             )  # fmt: skip
-            warps, stages = config.d_key
-            _d_key_kernel[seen_by.shape[0], groups](
-                q, k, v, grad, stats, deltas, ends, depths, seen_by, d_key, d_value,
-                tokens, heads, *strides, seen_by.stride(0), *options, num_warps=warps, num_stages=stages, **constants,
+            _d_query_kernel[d_query_tiles.shape[0], groups](
+                q, k, v, grad, stats, deltas, ends, depths, d_query_tiles, d_query,
+                tokens, heads, *strides, d_query_tiles.stride(0), *options,
+                **_constants(query, key, value, *masks, config.d_query),
             )  # fmt: skip
+            for parts in ((True, False), (False, True)) if config.split else ((True, True),):
+                _d_key_kernel[d_key_tiles.shape[0], groups](
+                    q, k, v, grad, stats, deltas, ends, depths, d_key_tiles, d_key, d_value,
+                    tokens, heads, *strides, d_key_tiles.stride(0), *options, KEYS=parts[0], VALUES=parts[1],
+                    **_constants(query, key, value, *masks, config.d_key),
+                )  # fmt: skip
     if sinks is None:
         return d_query, d_key, d_value, query.new_empty(0)
     weights = ((sinks.to(torch.float32) - stats[0]) - stats[1]).exp_()  # (T, H)
@@ -514,7 +558,7 @@ def _gradients(
 
 
 @_gradients.register_fake
-def _(grad, out, stats, query, key, value, sinks, ends, depths, seen, seen_by, scale, sliding_window, softcap):  # type: ignore[no-untyped-def]
+def _(grad, out, stats, query, key, value, sinks, *_):  # type: ignore[no-untyped-def]
     return (
         query.new_empty(query.shape),
         key.new_empty(key.shape),
@@ -535,10 +579,10 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
     if torch.is_grad_enabled():
         raise RuntimeError("tree_attention in Triton has no second derivative; use impl='reference'")
     if grad is None:
-        return (None,) * 11
+        return (None,) * 12
     gradients = _gradients(grad, *ctx.saved_tensors, ctx.scale, ctx.sliding_window, ctx.softcap)
     needed = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:4], strict=True))
-    return (*needed, *(None,) * 7)
+    return (*needed, *(None,) * 8)
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
@@ -558,5 +602,5 @@ def tree_attention(
     """As `api.tree_attention`."""
     config = _config(query, value)
     group = query.shape[1] // key.shape[1]
-    tiles = tiles_of(plan, sliding_window, group, config.block_rows, config.block_keys)
+    tiles = tiles_of(plan, sliding_window, group, config.forward_shape, config.backward_shape)
     return _attention(query, key, value, sinks, *tiles, scale, sliding_window, softcap)[0]

@@ -20,20 +20,29 @@ from torch.nn.functional import pad
 from stepdpo_kernels.types import TreePlan
 
 
+class Shape(NamedTuple):
+    """Rows of queries, which are heads of a token, one token after another, and tokens of keys."""
+
+    rows: int
+    keys: int
+
+
 class Tiles(NamedTuple):
     """What the kernels read of a plan, int32.
 
     ends, depths:  (T,): the first token after the subtree of each token, and the token's position on its path
-    seen:          (blocks of rows, 1 + tiles of keys): how many tiles each block visits, then their numbers, ascending
-    seen_by:       (tiles of keys, 1 + blocks of rows): the same from the tiles' side
+    forward:       (blocks of rows, 1 + tiles of keys): how many tiles each block visits, then their numbers, ascending
+    d_query:       the same for the shape of backward
+    d_key:         (tiles of keys, 1 + blocks of rows): the same from the side of the tiles
 
-    What follows the numbers of a row is not read.
+    What follows the numbers of a block or tile is not read.
     """
 
     ends: Tensor
     depths: Tensor
-    seen: Tensor
-    seen_by: Tensor
+    forward: Tensor
+    d_query: Tensor
+    d_key: Tensor
 
 
 def intervals(plan: TreePlan) -> tuple[Tensor, Tensor]:
@@ -64,30 +73,36 @@ def _lists(visible: Tensor) -> Tensor:
     return torch.cat([visible.sum(dim=1, keepdim=True), order], dim=1).to(torch.int32)
 
 
-def make_tiles(plan: TreePlan, window: int | None, group: int, block_rows: int, block_keys: int) -> Tiles:
-    """For blocks of `block_rows` rows, where the `group` heads of a token that share keys are rows one after another."""
-    ends, depths = intervals(plan)
-    tokens = plan.num_tokens
-    row_blocks, key_tiles = -(-tokens * group // block_rows), -(-tokens // block_keys)
-    block = torch.arange(row_blocks, device=ends.device)
-    first = block * block_rows // group
-    last = (((block + 1) * block_rows - 1) // group).clamp(max=tokens - 1)
-    key = torch.arange(key_tiles, device=ends.device) * block_keys
-    padding = key_tiles * block_keys - tokens
-    end = pad(ends, (0, padding)).view(key_tiles, block_keys).amax(dim=1)
-    visible = (key <= last[:, None]) & (end > first[:, None])  # (row_blocks, key_tiles)
+def _visible(ends: Tensor, depths: Tensor, window: int | None, group: int, shape: Shape) -> Tensor:
+    """(blocks of rows, tiles of keys) bool; with `group` heads of queries for each of keys."""
+    tokens = ends.numel()
+    blocks, tiles = -(-tokens * group // shape.rows), -(-tokens // shape.keys)
+    block = torch.arange(blocks, device=ends.device)
+    first = block * shape.rows // group
+    last = (((block + 1) * shape.rows - 1) // group).clamp(max=tokens - 1)
+    key = torch.arange(tiles, device=ends.device) * shape.keys
+    padding = (0, tiles * shape.keys - tokens)
+    end = pad(ends, padding).view(tiles, shape.keys).amax(dim=1)
+    visible = (key <= last[:, None]) & (end > first[:, None])
     if window is not None:
-        rows = torch.arange(row_blocks * block_rows, device=ends.device) // group
-        least = depths[rows.clamp(max=tokens - 1)].view(row_blocks, block_rows).amin(dim=1)
-        greatest = pad(depths, (0, padding)).view(key_tiles, block_keys).amax(dim=1)
+        rows = torch.arange(blocks * shape.rows, device=ends.device) // group
+        least = depths[rows.clamp(max=tokens - 1)].view(blocks, shape.rows).amin(dim=1)
+        greatest = pad(depths, padding).view(tiles, shape.keys).amax(dim=1)
         visible &= least[:, None] - greatest < window
-    return Tiles(ends.to(torch.int32), depths.to(torch.int32), _lists(visible), _lists(visible.T))
+    return visible
+
+
+def make_tiles(plan: TreePlan, window: int | None, group: int, forward: Shape, backward: Shape) -> Tiles:
+    """For `group` heads of queries for each of keys."""
+    ends, depths = intervals(plan)
+    ahead, back = (_visible(ends, depths, window, group, shape) for shape in (forward, backward))
+    return Tiles(ends.to(torch.int32), depths.to(torch.int32), _lists(ahead), _lists(back), _lists(back.T))
 
 
 _kept = lru_cache(maxsize=4)(make_tiles)
 
 
-def tiles_of(plan: TreePlan, window: int | None, group: int, block_rows: int, block_keys: int) -> Tiles:
+def tiles_of(plan: TreePlan, window: int | None, group: int, forward: Shape, backward: Shape) -> Tiles:
     """As `make_tiles`; all layers of a forward and a backward share them, so the last few are kept."""
     make = make_tiles if torch.compiler.is_compiling() else _kept
-    return make(plan, window, group, block_rows, block_keys)
+    return make(plan, window, group, forward, backward)
