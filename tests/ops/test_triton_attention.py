@@ -186,22 +186,22 @@ def test_tiles_that_nobody_sees_are_left_out(
     pairs: list[StepPair], share: str, window: int | None, group: int, shape: tuple[int, int]
 ) -> None:
     plan = _plan(pairs, share)
-    tiles = make_tiles(plan, window, group, Shape(4, 4), Shape(*shape))
+    tiles = make_tiles(plan, window, group, Shape(4, 4), Shape(*shape), Shape(*shape))
     rows = dense_mask(plan, window).repeat_interleave(group, dim=0)  # (T * group, T)
     exact = [{int(s) // shape[1] for s in block.any(dim=0).nonzero()} for block in rows.split(shape[0])]
     visited = _listed(tiles.d_query)
     if window is None or shape == (1, 1):
         assert visited == exact
-    everything = _listed(make_tiles(plan, None, group, Shape(4, 4), Shape(*shape)).d_query)
+    everything = _listed(make_tiles(plan, None, group, *[Shape(*shape)] * 3).d_query)
     assert all(few <= some <= many for few, some, many in zip(exact, visited, everything, strict=True))
     by_tile = [{b for b, some in enumerate(visited) if tile in some} for tile in range(tiles.d_key.shape[0])]
     assert _listed(tiles.d_key) == by_tile
-    assert _listed(tiles.forward) == _listed(make_tiles(plan, window, group, Shape(1, 1), Shape(4, 4)).d_query)
+    assert _listed(tiles.forward) == _listed(make_tiles(plan, window, group, *[Shape(4, 4)] * 3).d_query)
 
 
 def test_a_window_leaves_out_tiles() -> None:
     plan = _plan([make_pair([1] * 64, [2], [3])])
-    tiles = make_tiles(plan, 8, 1, Shape(8, 8), Shape(8, 8))
+    tiles = make_tiles(plan, 8, 1, *[Shape(8, 8)] * 3)
     assert tiles.forward[:, 0].tolist() == [1] + [2] * 7
 
 
@@ -363,8 +363,7 @@ def test_autocast() -> None:
 def test_opcheck(sinks: bool) -> None:
     plan = PLANS["one leaf"]
     query, key, value, *rest = (x.requires_grad_() for x in _inputs(plan, sinks=sinks))
-    config = triton_kernel.INTERPRETER_CONFIG
-    tiles = make_tiles(plan, 3, 2, config.forward_shape, config.backward_shape)
+    tiles = make_tiles(plan, 3, 2, *triton_kernel.INTERPRETER_CONFIG.shapes)
     arguments = (query, key, value, rest[0] if sinks else None, *tiles, 0.5, 3, 2.0)
     torch.library.opcheck(triton_kernel._attention, arguments)
 
@@ -398,20 +397,16 @@ def test_why_not() -> None:
     ]
 
 
-def test_auto_takes_it_where_varlen_cannot() -> None:
-    def reasons(device: str, dtype: torch.dtype, sizes: tuple[int, int] = (64, 64), **options: Any) -> list[str]:
-        query, value = (SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(4, 2, s)) for s in sizes)
-        return api._triton_why_not_auto({"query": query, "key": query, "value": value, **options})
-
-    for dtype, sizes, softcap, sinks in product(
-        (torch.float16, torch.float32), ((64, 64), (192, 128)), (None, 30.0), (None, torch.zeros(2))
-    ):
-        plain = dtype == torch.float16 and sizes == (64, 64) and softcap is sinks is None
-        found = reasons("cuda", dtype, sizes, softcap=softcap, sinks=sinks)
-        assert found == (["varlen takes these inputs, and which is faster is not measured"] if plain else [])
-    assert reasons("cpu", torch.float32) == ["Triton's interpreter is for tests"]
+def test_auto_takes_it_where_flash_attention_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = PLANS["one leaf"]
     inputs = {**dict(zip(("query", "key", "value"), _inputs(plan), strict=True)), "plan": plan}
+    on_gpu = {"query": SimpleNamespace(device=torch.device("cuda"))}
+    monkeypatch.setattr(api.flash, "why_not", lambda inputs: ["it has no sinks"])
+    monkeypatch.setattr(api.varlen, "why_not", lambda inputs: ["it has no sinks"])
+    assert api._triton_why_not_auto(on_gpu) == []
+    assert api._triton_why_not_auto(inputs) == ["Triton's interpreter is for tests"]
+    monkeypatch.setattr(api.varlen, "why_not", lambda inputs: [])
+    assert api._triton_why_not_auto(on_gpu) == ["varlen takes these inputs, and which is faster is not measured"]
     assert _dispatch.choose("tree_attention", "auto", inputs).name == "cpu"
     assert _dispatch.choose("tree_attention", "triton", inputs).name == "triton"
 

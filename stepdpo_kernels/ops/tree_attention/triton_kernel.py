@@ -38,56 +38,60 @@ MAX_SIZE = 256
 
 
 class Launch(NamedTuple):
+    """Tile shape and launch options of a kernel."""
+
+    block_rows: int
+    block_keys: int
     num_warps: int
     num_stages: int
 
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.block_rows, self.block_keys)
+
 
 class Config(NamedTuple):
-    """Tile shapes of forward and backward, how each kernel is launched, and whether dK and dV are two launches."""
+    """`split`: whether dK and dV are two launches, where their sums do not fit the registers together."""
 
-    forward_shape: Shape
-    backward_shape: Shape
     forward: Launch
     d_query: Launch
     d_key: Launch
-    split: bool
+    split: bool = False
 
-
-def _of(forward: tuple[int, ...], backward: tuple[int, ...], split: bool = False) -> Config:
-    """rows, keys, warps, stages; and rows, keys, warps and stages of dQ, warps and stages of dK and dV."""
-    shapes = Shape(*forward[:2]), Shape(*backward[:2])
-    return Config(*shapes, Launch(*forward[2:]), Launch(*backward[2:4]), Launch(*backward[4:]), split)
+    @property
+    def shapes(self) -> tuple[Shape, Shape, Shape]:
+        return self.forward.shape, self.d_query.shape, self.d_key.shape
 
 
 # Not tuned at run time: two runs of a step take the same tiles and give the same bits. Keys: what `target_of` returns,
-# the bits of an element, and the larger head size as a power of two.
+# the bits of an element, and the larger head size as a power of two. Shared memory on 8.0: what consumer parts have.
 CONFIGS = {
-    ("cuda", 80, 16, 64): _of((128, 64, 4, 3), (128, 64, 8, 2, 8, 2)),
-    ("cuda", 80, 16, 128): _of((128, 64, 8, 2), (128, 64, 8, 2, 8, 1)),
-    ("cuda", 80, 16, 256): _of((64, 32, 8, 2), (64, 32, 8, 1, 8, 1)),
-    ("cuda", 80, 32, 64): _of((32, 32, 4, 2), (32, 32, 4, 2, 4, 2)),
-    ("cuda", 80, 32, 128): _of((32, 32, 8, 2), (32, 32, 8, 1, 8, 1)),
-    ("cuda", 80, 32, 256): _of((16, 16, 4, 1), (16, 16, 4, 1, 4, 1)),
-    ("cuda", 90, 16, 64): _of((128, 64, 4, 3), (128, 64, 8, 3, 8, 3)),
-    ("cuda", 90, 16, 128): _of((128, 64, 8, 3), (128, 64, 8, 2, 8, 2)),
-    ("cuda", 90, 16, 256): _of((64, 64, 8, 2), (64, 64, 8, 1, 8, 1)),
-    ("cuda", 90, 32, 64): _of((32, 32, 4, 2), (32, 32, 4, 2, 4, 2)),
-    ("cuda", 90, 32, 128): _of((32, 32, 8, 2), (32, 32, 8, 1, 8, 1)),
-    ("cuda", 90, 32, 256): _of((16, 16, 4, 1), (16, 16, 4, 1, 4, 1)),
-    ("cuda", 100, 16, 64): _of((128, 64, 4, 3), (128, 64, 8, 3, 8, 3)),
-    ("cuda", 100, 16, 128): _of((128, 64, 8, 3), (128, 64, 8, 2, 8, 2)),
-    ("cuda", 100, 16, 256): _of((64, 64, 8, 2), (64, 64, 8, 1, 8, 1)),
-    ("cuda", 100, 32, 64): _of((32, 32, 4, 2), (32, 32, 4, 2, 4, 2)),
-    ("cuda", 100, 32, 128): _of((32, 32, 8, 2), (32, 32, 8, 1, 8, 1)),
-    ("cuda", 100, 32, 256): _of((16, 16, 4, 1), (16, 16, 4, 1, 4, 1)),
-    ("hip", 0, 16, 64): _of((128, 64, 4, 1), (128, 64, 4, 1, 4, 1)),
-    ("hip", 0, 16, 128): _of((64, 32, 4, 1), (64, 32, 4, 1, 4, 1)),
-    ("hip", 0, 16, 256): _of((32, 32, 4, 1), (32, 32, 4, 1, 4, 1)),
-    ("hip", 0, 32, 64): _of((32, 32, 4, 1), (32, 32, 4, 1, 4, 1)),
-    ("hip", 0, 32, 128): _of((32, 32, 4, 1), (32, 32, 4, 1, 4, 1)),
-    ("hip", 0, 32, 256): _of((16, 16, 4, 1), (16, 16, 4, 1, 4, 1)),
+    ("cuda", 80, 16, 64): Config(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
+    ("cuda", 80, 16, 128): Config(Launch(128, 32, 8, 3), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
+    ("cuda", 80, 16, 256): Config(Launch(64, 32, 8, 2), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), split=True),
+    ("cuda", 80, 32, 64): Config(Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
+    ("cuda", 80, 32, 128): Config(Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
+    ("cuda", 80, 32, 256): Config(Launch(16, 16, 4, 1), Launch(16, 16, 8, 2), Launch(16, 16, 8, 1)),
+    ("cuda", 90, 16, 64): Config(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2)),
+    ("cuda", 90, 16, 128): Config(Launch(128, 64, 8, 3), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
+    ("cuda", 90, 16, 256): Config(Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(32, 64, 8, 2), split=True),
+    ("cuda", 90, 32, 64): Config(Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
+    ("cuda", 90, 32, 128): Config(Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
+    ("cuda", 90, 32, 256): Config(Launch(16, 16, 4, 1), Launch(16, 16, 8, 2), Launch(16, 16, 8, 1)),
+    ("cuda", 100, 16, 64): Config(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2)),
+    ("cuda", 100, 16, 128): Config(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
+    ("cuda", 100, 16, 256): Config(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(32, 64, 8, 2), split=True),
+    ("cuda", 100, 32, 64): Config(Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
+    ("cuda", 100, 32, 128): Config(Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
+    ("cuda", 100, 32, 256): Config(Launch(16, 16, 4, 1), Launch(16, 16, 8, 2), Launch(16, 16, 8, 1)),
+    ("hip", 0, 16, 64): Config(Launch(128, 64, 8, 1), Launch(64, 64, 4, 1), Launch(64, 32, 4, 1)),
+    ("hip", 0, 16, 128): Config(Launch(128, 32, 8, 1), Launch(64, 32, 4, 1), Launch(64, 32, 4, 1)),
+    ("hip", 0, 16, 256): Config(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)),
+    ("hip", 0, 32, 64): Config(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)),
+    ("hip", 0, 32, 128): Config(Launch(32, 32, 4, 1), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1)),
+    ("hip", 0, 32, 256): Config(Launch(16, 16, 4, 1), Launch(16, 16, 4, 1), Launch(16, 16, 4, 1)),
 }
-INTERPRETER_CONFIG = _of((64, 16, 4, 1), (32, 32, 4, 1, 4, 1))
+INTERPRETER_CONFIG = Config(Launch(64, 16, 4, 1), Launch(32, 32, 4, 1), Launch(32, 16, 4, 1))
 DELTA_ROWS = 32
 
 
@@ -167,17 +171,22 @@ def _scores(products, sees, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _sees(token, depth, key, end, key_depth, window, WINDOW: tl.constexpr):
-    sees = (key <= token) & (token < end)
+def _keys(tile, ends, depths, window, T, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """Numbers of a tile's keys, sizes of their subtrees, and the depths from which on they are not seen."""
+    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    size = tl.load(ends + key, mask=key < T, other=0) - key
+    reach = size
     if WINDOW:
-        sees = sees & (depth - key_depth < window)
-    return sees
+        reach = tl.load(depths + key, mask=key < T, other=0) + window
+    return key, tl.maximum(size, 0), reach
 
 
 @triton.jit
-def _of_tokens(x, token, T, other, NEEDED: tl.constexpr):
-    """A number for each token, or nothing of any cost."""
-    return tl.load(x + token, mask=token < T, other=other) if NEEDED else token
+def _sees(token, depth, key, size, reach, WINDOW: tl.constexpr):
+    sees = (token - key).to(tl.uint32) < size.to(tl.uint32)  # 0 <= token - key < size: few predicates, registers on AMD
+    if WINDOW:
+        sees = sees & (depth < reach)
+    return sees
 
 
 # ---- forward --------------------------------------------------------------------------------------------------------
@@ -220,7 +229,7 @@ def _forward_kernel(
 ):
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last blocks of a long tree see most: they begin first
     token, head = _rows(block, BLOCK_M, GROUP)
-    depth = _of_tokens(depths, token, T, 0, WINDOW)
+    depth = tl.load(depths + token, mask=token < T, other=0) if WINDOW else token
     q_tile = _tile(q, token, head, stride_qt, stride_qh, T, D, BLOCK_D)
     top = tl.full([BLOCK_M], -3.4028235e38, tl.float32)  # finite, so that a row of -inf gives exp(-inf)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -231,11 +240,9 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     seen += block.to(tl.int64) * seen_stride
     for n in tl.range(1, tl.load(seen) + 1):
-        key = tl.load(seen + n) * BLOCK_N + tl.arange(0, BLOCK_N)
+        key, size, reach = _keys(tl.load(seen + n), ends, depths, window, T, BLOCK_N, WINDOW)
         k_tile = _tile(k, key, tl.program_id(1), stride_kt, stride_kh, T, D, BLOCK_D)
-        end = tl.load(ends + key, mask=key < T, other=0)
-        key_depth = _of_tokens(depths, key, T, 0, WINDOW)
-        sees = _sees(token[:, None], depth[:, None], key[None, :], end[None, :], key_depth[None, :], window, WINDOW)
+        sees = _sees(token[:, None], depth[:, None], key[None, :], size[None, :], reach[None, :], WINDOW)
         z = _dot(q_tile, k_tile.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
         z, _ = _scores(z, sees, scale, softcap, SOFTCAP)
         new_top = tl.maximum(top, tl.max(z, axis=1))
@@ -314,7 +321,7 @@ def _d_query_kernel(
 ):
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     token, head = _rows(block, BLOCK_M, GROUP)
-    depth = _of_tokens(depths, token, T, 0, WINDOW)
+    depth = tl.load(depths + token, mask=token < T, other=0) if WINDOW else token
     q_tile = _tile(q, token, head, stride_qt, stride_qh, T, D, BLOCK_D)
     d_tile = _tile(d_out, token, head, stride_dt, stride_dh, T, E, BLOCK_E)
     at = token * H + head
@@ -324,12 +331,10 @@ def _d_query_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     seen += block.to(tl.int64) * seen_stride
     for n in tl.range(1, tl.load(seen) + 1):
-        key = tl.load(seen + n) * BLOCK_N + tl.arange(0, BLOCK_N)
+        key, size, reach = _keys(tl.load(seen + n), ends, depths, window, T, BLOCK_N, WINDOW)
         k_tile = _tile(k, key, tl.program_id(1), stride_kt, stride_kh, T, D, BLOCK_D)
         v_tile = _tile(v, key, tl.program_id(1), stride_vt, stride_vh, T, E, BLOCK_E)
-        end = tl.load(ends + key, mask=key < T, other=0)
-        key_depth = _of_tokens(depths, key, T, 0, WINDOW)
-        sees = _sees(token[:, None], depth[:, None], key[None, :], end[None, :], key_depth[None, :], window, WINDOW)
+        sees = _sees(token[:, None], depth[:, None], key[None, :], size[None, :], reach[None, :], WINDOW)
         products = _dot(q_tile, k_tile.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
         d_p = _dot(d_tile, v_tile.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
         z, slope = _scores(products, sees, scale, softcap, SOFTCAP)
@@ -379,11 +384,9 @@ def _d_key_kernel(
     VALUES: tl.constexpr,  # whether to compute dV
 ):
     tile = tl.program_id(0)  # the first tiles are seen by most
-    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    key, size, reach = _keys(tile, ends, depths, window, T, BLOCK_N, WINDOW)
     k_tile = _tile(k, key, tl.program_id(1), stride_kt, stride_kh, T, D, BLOCK_D)
     v_tile = _tile(v, key, tl.program_id(1), stride_vt, stride_vh, T, E, BLOCK_E)
-    end = tl.load(ends + key, mask=key < T, other=0)
-    key_depth = _of_tokens(depths, key, T, 0, WINDOW)
     k_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     v_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     seen_by += tile.to(tl.int64) * seen_stride
@@ -394,8 +397,8 @@ def _d_key_kernel(
         at = token * H + head
         top = tl.load(stats + at, mask=token < T, other=0.0)
         log_sum = tl.load(stats + T * H + at, mask=token < T, other=0.0)
-        depth = _of_tokens(depths, token, T, 0, WINDOW)
-        sees = _sees(token[None, :], depth[None, :], key[:, None], end[:, None], key_depth[:, None], window, WINDOW)
+        depth = tl.load(depths + token, mask=token < T, other=0) if WINDOW else token
+        sees = _sees(token[None, :], depth[None, :], key[:, None], size[:, None], reach[:, None], WINDOW)
         products = _dot(k_tile, q_tile.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST)
         z, slope = _scores(products, sees, scale, softcap, SOFTCAP)
         p = tl.exp((z - top[None, :]) - log_sum[None, :])
@@ -444,15 +447,14 @@ def _constants(
     value: Tensor,
     softcap: float | None,
     window: int | None,
-    shape: Shape,
     launch: Launch,
 ) -> dict[str, Any]:
     return {
         "D": query.shape[2],
         "E": value.shape[2],
         "GROUP": query.shape[1] // key.shape[1],
-        "BLOCK_M": shape.rows,
-        "BLOCK_N": shape.keys,
+        "BLOCK_M": launch.block_rows,
+        "BLOCK_N": launch.block_keys,
         "BLOCK_D": max(16, triton.next_power_of_2(query.shape[2])),
         "BLOCK_E": max(16, triton.next_power_of_2(value.shape[2])),
         "SOFTCAP": softcap is not None,
@@ -495,7 +497,7 @@ def _attention(
                 q, k, v, None if sinks is None else sinks.contiguous(), ends, depths, forward, out, stats,
                 tokens, heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], forward.stride(0),
                 scale, softcap or 0.0, sliding_window or 0, SINKS=sinks is not None,
-                **_constants(query, key, value, softcap, sliding_window, config.forward_shape, config.forward),
+                **_constants(query, key, value, softcap, sliding_window, config.forward),
             )  # fmt: skip
     return out, stats
 
@@ -533,7 +535,7 @@ def _gradients(
     config = _config(query, value)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad.stride()[:2])
     options = (scale, softcap or 0.0, sliding_window or 0)
-    masks = (softcap, sliding_window, config.backward_shape)
+    masks = (softcap, sliding_window)
     if tokens:
         with around_launches(query):
             _delta_kernel[(triton.cdiv(tokens * heads, DELTA_ROWS),)](
@@ -602,5 +604,5 @@ def tree_attention(
     """As `api.tree_attention`."""
     config = _config(query, value)
     group = query.shape[1] // key.shape[1]
-    tiles = tiles_of(plan, sliding_window, group, config.forward_shape, config.backward_shape)
+    tiles = tiles_of(plan, sliding_window, group, *config.shapes)
     return _attention(query, key, value, sinks, *tiles, scale, sliding_window, softcap)[0]

@@ -30,10 +30,10 @@ class Shape(NamedTuple):
 class Tiles(NamedTuple):
     """What the kernels read of a plan, int32.
 
-    ends, depths:  (T,): the first token after the subtree of each token, and the token's position on its path
-    forward:       (blocks of rows, 1 + tiles of keys): how many tiles each block visits, then their numbers, ascending
-    d_query:       the same for the shape of backward
-    d_key:         (tiles of keys, 1 + blocks of rows): the same from the side of the tiles
+    ends, depths:      (T,): the first token after the subtree of each token, and the token's position on its path
+    forward, d_query:  (blocks of rows, 1 + tiles of keys): how many tiles each block visits, then their numbers,
+                       ascending; each in the shape of its kernel
+    d_key:             (tiles of keys, 1 + blocks of rows): the same from the side of the tiles
 
     What follows the numbers of a block or tile is not read.
     """
@@ -92,17 +92,17 @@ def _visible(ends: Tensor, depths: Tensor, window: int | None, group: int, shape
     return visible
 
 
-def make_tiles(plan: TreePlan, window: int | None, group: int, forward: Shape, backward: Shape) -> Tiles:
-    """For `group` heads of queries for each of keys."""
+def make_tiles(plan: TreePlan, window: int | None, group: int, forward: Shape, d_query: Shape, d_key: Shape) -> Tiles:
+    """For `group` heads of queries for each of keys, and the shape of each kernel's tiles."""
     ends, depths = intervals(plan)
-    ahead, back = (_visible(ends, depths, window, group, shape) for shape in (forward, backward))
-    return Tiles(ends.to(torch.int32), depths.to(torch.int32), _lists(ahead), _lists(back), _lists(back.T))
+    seen, seen_again, seen_by = (_visible(ends, depths, window, group, shape) for shape in (forward, d_query, d_key))
+    return Tiles(ends.to(torch.int32), depths.to(torch.int32), _lists(seen), _lists(seen_again), _lists(seen_by.T))
 
 
 _kept = lru_cache(maxsize=4)(make_tiles)
 
 
-def tiles_of(plan: TreePlan, window: int | None, group: int, forward: Shape, backward: Shape) -> Tiles:
+def tiles_of(plan: TreePlan, window: int | None, group: int, forward: Shape, d_query: Shape, d_key: Shape) -> Tiles:
     """As `make_tiles`; all layers of a forward and a backward share them, so the last few are kept."""
     make = make_tiles if torch.compiler.is_compiling() else _kept
-    return make(plan, window, group, forward, backward)
+    return make(plan, window, group, forward, d_query, d_key)
