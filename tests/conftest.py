@@ -1,6 +1,6 @@
 """Fixtures for every test: tiny models and tokenizers made on the spot, synthetic records, no network.
 
-tiny_model(kind, ...)      a small random Llama or Qwen2 causal language model
+tiny_model(kind, ...)      a small random causal language model of one of tests/families.py
 tiny_tokenizer(kind, ...)  a small byte-level BPE with a chat template; "llama" begins every text with a BOS
 step_records(...)          records of the released schema, several pairs for each problem
 shared_data                folder with the maintainers' real data, or the test is skipped
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # Libraries read these when they are imported, so they are set before anything else is.
 _CACHES = Path(tempfile.mkdtemp(prefix="stepdpo-tests-"))
@@ -36,6 +36,8 @@ for _name in [name for name in os.environ if name.startswith("STEPDPO_") and nam
 
 import pytest  # noqa: E402 (after the environment)
 import torch  # noqa: E402
+
+from tests import families  # noqa: E402
 
 # Without a GPU Triton kernels run in its interpreter, which it asks for when a kernel is defined.
 if not torch.cuda.is_available():
@@ -74,55 +76,8 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., PreTrainedModel]:
-    """tiny_model(kind="llama", *, vocab_size=512, layers=2, seed=0, dtype=torch.float32, **config): a new model.
-
-    kind is "llama" or "qwen2". Hidden size 64, 4 heads over 2 key-value heads, an untied head, in eval mode. The
-    weights are larger than transformers' initialisation, so that logits differ clearly between tokens. `config`
-    overrides any field of the model's config. The same arguments give the same weights.
-    """
-
-    def make(
-        kind: str = "llama",
-        *,
-        vocab_size: int = 512,
-        layers: int = 2,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        **config: Any,
-    ) -> PreTrainedModel:
-        from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-        config_class, model_class = {
-            "llama": (LlamaConfig, LlamaForCausalLM),
-            "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        }[kind]
-        settings = {
-            "vocab_size": vocab_size,
-            "hidden_size": 64,
-            "intermediate_size": 160,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "tie_word_embeddings": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "pad_token_id": 2,
-        }
-        model_config: Any = config_class(**{**settings, **config})
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model: Any = model_class(model_config)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.ndim > 1:
-                        parameter.normal_(std=0.15)
-                    else:  # norms around 1, biases around 0
-                        parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        return model.to(dtype).eval()
-
-    return make
+    """families.tiny_model: a new small random model of one of the families."""
+    return families.tiny_model
 
 
 _TEXT = (

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from stepdpo_kernels.loss import StepDPOLoss
 from stepdpo_kernels.loss.reference import step_dpo_loss
-from stepdpo_kernels.model import causal_lm, packed_forward
+from stepdpo_kernels.model import causal_lm, head_options, packed_forward
 from stepdpo_kernels.packing.reference import padded_batch
 from stepdpo_kernels.types import PackedBatch, StepPair
+from tests.families import FAMILIES
 from tests.numerics import relative_error
 
 TOLERANCE = 1e-5
@@ -35,7 +36,18 @@ def training_model(
 ) -> PreTrainedModel:
     """One of MODELS in train mode; training: "full", "checkpointing", "lora" or "lora and checkpointing"."""
     kind, config = MODELS[which]
-    model = tiny_model(kind, **{**config, **more}).train()
+    return prepared(tiny_model(kind, **{**config, **more}), training)
+
+
+def family_model(
+    tiny_model: Callable[..., PreTrainedModel], kind: str, training: str = "full", **more: Any
+) -> PreTrainedModel:
+    """One of FAMILIES with all that it is known for; otherwise as training_model."""
+    return prepared(tiny_model(kind, **{**FAMILIES[kind].config, **more}), training)
+
+
+def prepared(model: PreTrainedModel, training: str) -> PreTrainedModel:
+    model.train()
     if "lora" in training:
         from peft import LoraConfig, get_peft_model
 
@@ -80,7 +92,7 @@ def packed_step(
     model: PreTrainedModel, batches: Sequence[PackedBatch], ref_logps: Tensor, *, num_pairs: int, impl: str = "auto"
 ) -> Step:
     """The same from packed forests, one backward for each; ref_logps (2 * num_pairs,) are those of all pairs."""
-    total, loss_fn = 0.0, StepDPOLoss(impl=impl)
+    total, loss_fn = 0.0, StepDPOLoss(impl=impl, **head_options(model))
     for batch in batches:
         hidden = packed_forward(model, batch)
         refs = torch.cat([ref_logps[batch.pair_index], ref_logps[num_pairs + batch.pair_index]])

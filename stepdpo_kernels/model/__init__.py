@@ -1,7 +1,16 @@
 """Transformers models on packed forests."""
 
 from stepdpo_kernels.model.forward import disable_packed_forward, enable_packed_forward, packed_forward
-from stepdpo_kernels.model.support import SUPPORTED_MODEL_TYPES, causal_lm, check_supported, why_not
+from stepdpo_kernels.model.head import head_options
+from stepdpo_kernels.model.support import (
+    SUPPORTED_MODEL_TYPES,
+    causal_lm,
+    check_supported,
+    is_tested,
+    max_path,
+    why_not,
+)
+from stepdpo_kernels.model.verify import verify_first_batch
 
 __all__ = [
     "SUPPORTED_MODEL_TYPES",
@@ -9,6 +18,10 @@ __all__ = [
     "check_supported",
     "disable_packed_forward",
     "enable_packed_forward",
+    "head_options",
+    "is_tested",
+    "max_path",
     "packed_forward",
+    "verify_first_batch",
     "why_not",
 ]

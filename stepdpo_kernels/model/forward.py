@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stepdpo_kernels.model.attention import SignedPlan, no_mask, use_tree_attention
-from stepdpo_kernels.model.support import causal_lm, check_supported
-from stepdpo_kernels.types import PackedBatch, StepDPOError
+from stepdpo_kernels.model.attention import use_tree_attention
+from stepdpo_kernels.model.backbone import backbone
+from stepdpo_kernels.model.support import causal_lm, check_supported, is_tested
+from stepdpo_kernels.model.verify import verify_first_batch
+from stepdpo_kernels.types import PackedBatch
 
 # (hidden (T, D), the model's output embedding) -> anything
 Head = Callable[[Tensor, nn.Module], Any]
@@ -21,34 +23,43 @@ Head = Callable[[Tensor, nn.Module], Any]
 def packed_forward(model: Any, batch: PackedBatch) -> Tensor:
     """Hidden states of a packed forest: what the language-model head would be applied to.
 
-    Equals, token for token, what the model computes for each branch on its own.
+    Equals, token for token, what the model computes for each branch on its own. What the model does to its logits
+    after the head, `head_options` says.
 
     Args:
-        model: a transformers causal language model (SUPPORTED_MODEL_TYPES), also wrapped by PEFT. Call
-            `enable_packed_forward` instead where FSDP, ZeRO or DDP wraps the model. The model is switched to the
-            attention implementation `stepdpo_tree`, under which ordinary calls compute SDPA.
+        model: a transformers causal language model, also wrapped by PEFT. Call `enable_packed_forward` instead where
+            FSDP, ZeRO or DDP wraps the model. The model is switched to tree attention, under which ordinary calls
+            compute what they did before. One whose architecture is not in SUPPORTED_MODEL_TYPES is first compared
+            with itself on the first batch (`verify_first_batch`).
         batch: on the model's device.
 
     Returns:
         (T, D) in the model's dtype.
 
     Raises:
-        StepDPOError: a model that cannot be packed, with every reason, or one that kept the plan from a layer.
+        StepDPOError: a model that cannot be packed, with every reason, one that kept the plan from a layer, one that
+            failed `verify_first_batch`, or a branch beyond the length up to which its rotary embedding is fixed.
     """
     check_supported(model)
-    return _backbone(causal_lm(model), batch)
+    lm = causal_lm(model)
+    _verify_once(lm, batch, not is_tested(lm))
+    return backbone(lm, batch)
 
 
-def enable_packed_forward(model: Any) -> None:
+def enable_packed_forward(model: Any, *, verify: bool | None = None) -> None:
     """Teaches a model's own forward to take packed batches, before FSDP, ZeRO or DDP wraps it.
 
     Afterwards `model(packed_batch=batch, head=f)` returns `f(hidden, output_embedding)`, computed inside the
     wrapped forward, so that sharded weights are gathered and gradient hooks run. Calls without packed_batch are as
     before. Raises StepDPOError for a model that cannot be packed.
+
+    verify: whether the first batch is also run branch by branch and compared (`verify_first_batch`). None: where the
+        architecture is not in SUPPORTED_MODEL_TYPES.
     """
     check_supported(model)
-    lm = causal_lm(model)
+    lm: Any = causal_lm(model)
     use_tree_attention(lm)
+    lm._verify_packing = not is_tested(lm) if verify is None else verify
     if not hasattr(lm, "_forward_without_packing"):
         lm._forward_without_packing = lm.forward
         lm.forward = MethodType(_packed_or_plain(type(lm)), lm)
@@ -59,7 +70,7 @@ def disable_packed_forward(model: Any) -> None:
     lm = causal_lm(model)
     if hasattr(lm, "_forward_without_packing"):
         before = lm._forward_without_packing
-        del lm._forward_without_packing, lm.forward
+        del lm._forward_without_packing, lm._verify_packing, lm.forward
         if getattr(before, "__func__", None) is not type(lm).forward:  # somebody else's, on this instance
             lm.forward = before
 
@@ -77,24 +88,12 @@ def _packed_or_plain(model_class: type[PreTrainedModel]) -> Callable[..., Any]:
             return self._forward_without_packing(*args, **kwargs)
         if head is None:
             raise ValueError("packed_batch needs head=, a function of (hidden, output_embedding)")
-        return head(_backbone(self, packed_batch), self.get_output_embeddings())
+        _verify_once(self, packed_batch, False)
+        return head(backbone(self, packed_batch), self.get_output_embeddings())
 
     return forward
 
 
-def _backbone(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    use_tree_attention(lm)
-    plan = SignedPlan(batch.plan)
-    hidden = lm.base_model(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        attention_mask=no_mask(batch.input_ids.device),
-        use_cache=False,
-        stepdpo_plan=plan,
-    ).last_hidden_state[0]
-    if len(plan.layers) != lm.config.num_hidden_layers:
-        raise StepDPOError(
-            f"model {type(lm).__name__}: {len(plan.layers)} of {lm.config.num_hidden_layers} layers used the packing "
-            "plan, so its attention would mix up branches; this model cannot be packed"
-        )
-    return hidden
+def _verify_once(lm: Any, batch: PackedBatch, wanted: bool) -> None:
+    if getattr(lm, "_verify_packing", wanted):
+        lm._verify_packing = not verify_first_batch(lm, batch)

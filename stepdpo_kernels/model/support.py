@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -9,11 +11,38 @@ from transformers import PreTrainedModel
 
 from stepdpo_kernels.types import StepDPOError
 
-# Architectures (`config.model_type`) whose packed gradients are tested against the unpacked model's.
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2")
+# Architectures (`config.model_type`) whose packed gradients are tested against the unpacked model's. Others may be
+# run after `verify_first_batch` has compared them.
+SUPPORTED_MODEL_TYPES = (
+    "cohere",
+    "cohere2",
+    "deepseek_v3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "starcoder2",
+)
 _LAYER_TYPES = ("full_attention", "sliding_attention")
-# These scale positions by the longest one in the batch, which packing changes.
-_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# Modules that carry a state from one token to the next in packed order, whatever the tree.
+_CARRIES_STATE = re.compile(
+    r"(Mamba|ShortConv|DeltaNet|LightningAttention|LinearAttention|RetNet|Rwkv|RgLru|RGLRU|mLSTM|sLSTM|SSM|xLSTM)"
+    r"(?!.*Norm)"
+)
+_DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
@@ -27,16 +56,19 @@ def causal_lm(model: Any) -> PreTrainedModel:
     return model
 
 
+def is_tested(model: Any) -> bool:
+    """Whether packed gradients of this architecture are compared with the unpacked model's in the tests."""
+    return causal_lm(model).config.model_type in SUPPORTED_MODEL_TYPES
+
+
 def why_not(model: Any) -> list[str]:
-    """Every reason why this model cannot be run on a packed forest; empty if it can."""
+    """Every reason why this model cannot be run on a packed forest; empty if nothing speaks against it.
+
+    An architecture that is not in SUPPORTED_MODEL_TYPES is no reason: `verify_first_batch` decides.
+    """
     lm = causal_lm(model)
     config = lm.config
     reasons = []
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        reasons.append(
-            f"its model_type {config.model_type!r} is not one whose packed gradients are tested "
-            f"({', '.join(SUPPORTED_MODEL_TYPES)})"
-        )
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         reasons.append(
             f"{model.active_peft_config.peft_type.value} puts virtual tokens before every text, which packing would "
@@ -44,6 +76,8 @@ def why_not(model: Any) -> list[str]:
         )
     if getattr(config, "is_encoder_decoder", False):
         reasons.append("it is an encoder-decoder")
+    if "text_config" in getattr(config, "sub_configs", ()):
+        reasons.append(f"a {config.model_type} takes more than text: load its language model alone")
     head = lm.get_output_embeddings()
     if head is None:
         reasons.append(f"{type(lm).__name__} has no language-model head")
@@ -52,17 +86,64 @@ def why_not(model: Any) -> list[str]:
             f"its language-model head is a {type(head).__name__}, of which the loss would use the weight alone: take "
             "lm_head out of the adapter's target_modules and modules_to_save"
         )
-    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYER_TYPES))
+    return reasons + _mixers(lm) + _attention(config)
+
+
+def _mixers(lm: PreTrainedModel) -> list[str]:
+    """Reasons in what mixes tokens beside attention, or in its place."""
+    reasons = []
+    stateful = {
+        type(module).__name__
+        for module in lm.base_model.modules()
+        if isinstance(module, nn.Conv1d | nn.RNNBase)
+        or (_CARRIES_STATE.search(type(module).__name__) and not isinstance(module, PreTrainedModel))
+    }
+    if stateful:
+        reasons.append(f"{', '.join(sorted(stateful))} would carry state from one branch into the next")
+    foreign = sorted(set(getattr(lm.config, "layer_types", None) or ()) - set(_LAYER_TYPES))
     if foreign:
         reasons.append(f"it has layers of type {', '.join(foreign)}; only {', '.join(_LAYER_TYPES)} follow the paths")
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope_type = rope.get("rope_type", "default")
-    if rope_type in _BATCH_DEPENDENT_ROPE:
-        reasons.append(f"its rotary embedding ({rope_type!r}) depends on the longest position in the batch")
-    dropout = getattr(config, "attention_dropout", 0.0)
-    if dropout:
-        reasons.append(f"attention_dropout is {dropout}; set it to 0.0 (Step-DPO trains without dropout)")
+    if not lm._can_set_attn_implementation():
+        reasons.append(f"{type(lm).__name__} does not call its attention through transformers' AttentionInterface")
     return reasons
+
+
+def _attention(config: Any) -> list[str]:
+    """Reasons in how attention is computed."""
+    reasons = []
+    if getattr(config, "attention_chunk_size", None):
+        reasons.append(f"its attention is chunked (attention_chunk_size is {config.attention_chunk_size})")
+    if getattr(config, "index_topk", None):
+        reasons.append(f"its attention selects keys with an indexer (index_topk is {config.index_topk})")
+    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
+        reasons.append("its attention adds a bias that depends on positions (alibi)")
+    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
+        reasons.append("its attention is not causal")
+    for name in _DROPOUTS:
+        if getattr(config, name, None):
+            reasons.append(f"{name} is {getattr(config, name)}; set it to 0.0 (Step-DPO trains without dropout)")
+    return reasons
+
+
+def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
+    """Those of all layers, or of each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    yield from (part for part in (rope, *rope.values()) if isinstance(part, dict) and "rope_type" in part)
+
+
+def max_path(config: Any) -> int | None:
+    """The longest branch, in tokens, for which a packed forest is exact; None where there is no such bound.
+
+    Rotary embeddings of type "dynamic" and "longrope" change for all tokens of a batch once one of its positions lies
+    beyond the length that the model was first trained on, so that a branch would depend on its neighbours.
+    """
+    bounds = []
+    for rope in _rope_parameters(config):
+        if rope["rope_type"] == "longrope":
+            bounds.append(rope["original_max_position_embeddings"])
+        elif rope["rope_type"] == "dynamic":
+            bounds.append(config.max_position_embeddings)
+    return min(bounds, default=None)
 
 
 def check_supported(model: Any) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from stepdpo_kernels.data import check_vocabulary
-from stepdpo_kernels.model import causal_lm
+from stepdpo_kernels.model import causal_lm, max_path
 from stepdpo_kernels.packing import tokens_of_pair
 from stepdpo_kernels.trainer.config import StepDPOConfig
 from stepdpo_kernels.types import StepDPOError, StepPair
@@ -80,7 +80,15 @@ def check_pairs(pairs: Sequence[StepPair], name: str, model: nn.Module, args: St
             )
     check_vocabulary(pairs, causal_lm(model).get_input_embeddings().num_embeddings)
     share = "none" if args.share == "none" else "pair"
+    longest = max_path(causal_lm(model).config)
     for pair in pairs:
+        length = pair.prefix_ids.size + max(pair.chosen_ids.size, pair.rejected_ids.size)
+        if longest is not None and length > longest:
+            raise StepDPOError(
+                f"{name}: pair {pair.id!r} has a branch of {length} tokens, and the model's rotary embedding depends "
+                f"on the longest text of a batch from {longest} on: leave the pair out "
+                "(load_step_pairs(..., max_tokens=...))"
+            )
         tokens = tokens_of_pair(pair, share)
         if tokens > args.max_tokens_per_batch:
             raise StepDPOError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -12,7 +13,7 @@ from stepdpo_kernels.packing import SHARE_MODES
 from stepdpo_kernels.types import StepDPOError
 
 REFERENCES = ("precomputed", "none")
-ORDERS = ("random", "sequential")
+ORDERS = ("random", "grouped", "sequential")
 
 
 PAIRS_PER_STEP = 128  # of the released scripts, over all processes
@@ -58,7 +59,11 @@ class StepDPOConfig(TrainingArguments):
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Where to report metrics."})
 
     train_sampling_strategy: str = field(
-        default="random", metadata={"help": "Order of the pairs in an epoch: random or sequential."}
+        default="random",
+        metadata={
+            "help": "Order of the pairs in an epoch: random; grouped (problems in random order, so that a step shares "
+            "more and has fewer problems, which changes training); or sequential."
+        },
     )
 
     beta: float = field(default=0.4, metadata={"help": "Strength of the pull towards the reference."})
@@ -81,6 +86,13 @@ class StepDPOConfig(TrainingArguments):
     )
     share: str = field(
         default="tree", metadata={"help": "Which prefixes are encoded once: tree (all), pair (of a pair), none."}
+    )
+    verify_first_batch: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compare a few pairs of the first batch, packed and branch by branch, before training. Unless "
+            "given: for architectures that the package's tests do not cover."
+        },
     )
     reference: str = field(
         default="precomputed",
@@ -131,8 +143,11 @@ class StepDPOConfig(TrainingArguments):
         self.per_device_train_batch_size = self.pairs_per_step // self.world_size
         self.gradient_accumulation_steps = 1
 
-    def build_loss(self) -> StepDPOLoss:
-        """The loss that these arguments describe; raises ValueError for a value outside its range."""
+    def build_loss(self, **head_options: Any) -> StepDPOLoss:
+        """The loss that these arguments describe, of a model with these `head_options`.
+
+        Raises ValueError for a value outside its range.
+        """
         return StepDPOLoss(
             beta=self.beta,
             loss_type=self.loss_type,
@@ -140,4 +155,5 @@ class StepDPOConfig(TrainingArguments):
             reference_free=self.reference == "none",
             rpo_alpha=self.rpo_alpha,
             simpo_gamma=self.simpo_gamma,
+            **head_options,
         )

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from stepdpo_kernels.loss import StepDPOOutput
-from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward
+from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward, head_options
 from stepdpo_kernels.trainer.checks import (
     check_adapter,
     check_distribution,
@@ -113,13 +113,18 @@ class StepDPOTrainer(Trainer):
         for either in (model, ref_model):
             if either is not None:
                 check_adapter(either)
-                enable_packed_forward(either)
+                enable_packed_forward(either, verify=args.verify_first_batch)
         warn_of_lost_updates(model)
         self.ref_model = ref_model
-        self.loss = args.build_loss()
+        self.loss = args.build_loss(**head_options(model))
         if ref_model is not None and self.loss.reference_free:
             raise StepDPOError(
                 "ref_model: this loss has no reference (reference='none', loss_type='simpo'); leave it out"
+            )
+        if ref_model is not None and head_options(ref_model) != head_options(model):
+            raise StepDPOError(
+                f"ref_model: its logits are transformed by {head_options(ref_model)}, those of the model by "
+                f"{head_options(model)}: they are not of one family"
             )
         super().__init__(
             model=model,
@@ -171,6 +176,7 @@ class StepDPOTrainer(Trainer):
             world=args.world_size,
             max_tokens_per_batch=args.max_tokens_per_batch,
             share=args.share,
+            **head_options(model),
             **(
                 {
                     "pairs_per_step": args.pairs_per_step,

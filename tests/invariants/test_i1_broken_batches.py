@@ -107,6 +107,60 @@ def _see_the_future(batch: PackedBatch) -> PackedBatch:
     return _with_paths(batch, paths)
 
 
+def _drop_the_root(batch: PackedBatch) -> PackedBatch:
+    paths = _paths(batch)
+    del paths[LEAF][0]
+    return _with_paths(batch, paths)
+
+
+def _drop_the_parent(batch: PackedBatch) -> PackedBatch:
+    """The leaf does not see the last token that it shares."""
+    paths, own = _paths(batch), _own(batch, LEAF)
+    del paths[LEAF][len(paths[LEAF]) - (own.stop - own.start) - 1]
+    return _with_paths(batch, paths)
+
+
+def _see_no_ancestor(batch: PackedBatch) -> PackedBatch:
+    """The leaf stands alone, as if its tokens were a text."""
+    paths, own = _paths(batch), _own(batch, LEAF)
+    paths[LEAF] = list(range(own.start, own.stop))
+    return _with_paths(batch, paths)
+
+
+def _follow_a_sibling(batch: PackedBatch) -> PackedBatch:
+    """The leaf's tokens come after all of its sibling's, not after what both share."""
+    paths, own = _paths(batch), _own(batch, LEAF)
+    paths[LEAF] = paths[LEAF - 1] + list(range(own.start, own.stop))
+    return _with_paths(batch, paths)
+
+
+def _see_all_before(batch: PackedBatch) -> PackedBatch:
+    """A plain causal mask over the packed tokens."""
+    ends = batch.plan.cu_q[1:].tolist()
+    return _with_paths(batch, [list(range(end)) for end in ends])
+
+
+def _exchange_two_ancestors(batch: PackedBatch) -> PackedBatch:
+    """Two leaves take each other's last shared token."""
+    paths = _paths(batch)
+    last = len(paths) - 1
+    at = [len(paths[leaf]) - (_own(batch, leaf).stop - _own(batch, leaf).start) - 1 for leaf in (LEAF, last)]
+    a, b = paths[LEAF][at[0]], paths[last][at[1]]
+    assert a != b
+    paths[LEAF][at[0]], paths[last][at[1]] = b, a
+    return _with_paths(batch, paths)
+
+
+def _restart_positions(batch: PackedBatch) -> PackedBatch:
+    """A leaf's positions start at 0, as in packing without trees."""
+    own = _own(batch, LEAF)
+    return replace(batch, position_ids=_changed(batch.position_ids, own, torch.arange(own.stop - own.start)))
+
+
+def _positions_in_packed_order(batch: PackedBatch) -> PackedBatch:
+    return replace(batch, position_ids=torch.arange(batch.num_tokens))
+
+
 def _move_a_border(batch: PackedBatch) -> PackedBatch:
     """A leaf's last token is asked by the next leaf, along that leaf's path."""
     cu_q = _changed(batch.plan.cu_q, LEAF, batch.plan.cu_q[LEAF] - 1)
@@ -213,9 +267,17 @@ MUTATIONS = [
     _drop_an_ancestor,
     _see_an_ancestor_twice,
     _see_the_future,
+    _drop_the_root,
+    _drop_the_parent,
+    _see_no_ancestor,
+    _follow_a_sibling,
+    _see_all_before,
+    _exchange_two_ancestors,
     _move_a_border,
     _shift_positions,
     _shift_one_position,
+    _restart_positions,
+    _positions_in_packed_order,
     _change_a_token,
     _shift_all_rows,
     _shift_one_row,

@@ -13,21 +13,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from stepdpo_kernels.model import causal_lm, disable_packed_forward, enable_packed_forward, packed_forward
-from stepdpo_kernels.model.attention import NAME, SignedPlan, tree_attention_forward
+from stepdpo_kernels.model.attention import PREFIX, SignedPlan, tree_attention_forward, use_tree_attention
 from stepdpo_kernels.packing import SHARE_MODES, build_batch
 from stepdpo_kernels.types import PackedBatch, StepDPOError
+from tests.families import FAMILIES
 from tests.forests import forest_pairs
 
 Make = Callable[..., PreTrainedModel]
-SLIDING = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "qwen2": ("qwen2", {}),
-    "qwen2 sliding": ("qwen2", SLIDING),
+    "llama plain": ("llama", {}),
+    "qwen2 plain": ("qwen2", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
+    **{kind: (kind, family.config) for kind, family in FAMILIES.items()},
 }
 every_model = pytest.mark.parametrize("which", MODELS)
 
@@ -70,7 +72,7 @@ def test_every_token_is_what_it_is_on_its_own_branch(tiny_model: Make, which: st
 def test_the_window_matters(tiny_model: Make) -> None:
     # or the test above would say nothing about sliding layers
     batch = _batch()
-    wide, narrow = (_make(tiny_model, which) for which in ("qwen2", "qwen2 sliding"))
+    wide, narrow = (_make(tiny_model, which) for which in ("qwen2 plain", "qwen2"))
     narrow.load_state_dict(wide.state_dict())
     with torch.no_grad():
         assert (packed_forward(wide, batch) - packed_forward(narrow, batch)).abs().max() > 0.1
@@ -104,11 +106,18 @@ def _padded() -> dict[str, Tensor]:
 
 
 @every_model
-def test_ordinary_forward_of_a_switched_model_is_sdpa_bit_for_bit(tiny_model: Make, which: str) -> None:
+@pytest.mark.parametrize("before", ["default", "eager"])
+def test_ordinary_forward_of_a_switched_model_is_the_same_bit_for_bit(
+    tiny_model: Make, which: str, before: str
+) -> None:
     plain, switched = (_make(tiny_model, which) for _ in range(2))
-    assert plain.config._attn_implementation == "sdpa"
+    implementation = plain.config._attn_implementation
+    assert implementation == ("eager" if which in ("gemma2", "gpt_oss") else "sdpa")
+    if before == "eager":
+        for model in (plain, switched):
+            model.set_attn_implementation("eager")
     packed_forward(switched, _batch())
-    assert switched.config._attn_implementation == NAME
+    assert switched.config._attn_implementation == PREFIX + plain.config._attn_implementation
     inputs = _padded()
     for arguments in (inputs, {"input_ids": inputs["input_ids"]}, inputs | {"labels": inputs["input_ids"]}):
         expected, ours = plain(**arguments), switched(**arguments)
@@ -139,6 +148,35 @@ def test_generation_of_a_switched_model_is_the_same(tiny_model: Make, which: str
     packed_forward(switched, _batch())
     expected, ours = (_generated(model, num_beams=beams) for model in (plain, switched))
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_a_model_that_changes_its_attention_is_switched_again(tiny_model: Make) -> None:
+    model, batch, inputs = tiny_model(), _batch(), _padded()
+    hidden = packed_forward(model, batch)
+    model.set_attn_implementation("eager")
+    eager = model(**inputs).logits
+    assert torch.equal(packed_forward(model, batch), hidden)
+    assert model.config._attn_implementation == f"{PREFIX}eager"
+    assert torch.equal(model(**inputs).logits, eager)
+
+
+def test_an_implementation_that_looks_its_own_name_up(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as transformers' functions for FlashAttention do
+    names = []
+
+    def flash(module: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(module.config._attn_implementation)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    for interface, function in ((AttentionInterface, flash), (AttentionMaskInterface, sdpa_mask)):
+        monkeypatch.setattr(interface, "_global_mapping", {**interface._global_mapping, "own_flash": function})
+    model, inputs = tiny_model(), _padded()
+    expected = model(**inputs).logits
+    model.config._attn_implementation = "own_flash"
+    use_tree_attention(model)
+    assert torch.equal(model(**inputs).logits, expected)
+    assert names == ["own_flash"] * 2
+    assert model.config._attn_implementation == f"{PREFIX}own_flash"
 
 
 def test_generation_of_an_enabled_model_is_the_same(tiny_model: Make) -> None:
@@ -228,7 +266,7 @@ def test_an_enabled_model_saves_and_loads_as_any_other(tiny_model: Make, tmp_pat
     packed_forward(model, _batch())
     assert set(model.state_dict()) == keys
     model.save_pretrained(tmp_path)
-    assert NAME not in (tmp_path / "config.json").read_text()
+    assert PREFIX not in (tmp_path / "config.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config._attn_implementation == "sdpa"
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
@@ -335,7 +373,8 @@ def test_the_attention_function_refuses_what_it_does_not_compute(tiny_model: Mak
     module = tiny_model().model.layers[0].self_attn
     batch = _batch()
     states = torch.ones(1, 4, batch.num_tokens, 16)
-    call = partial(tree_attention_forward, module, states, states, states, None, stepdpo_plan=SignedPlan(batch.plan))
+    signed = SignedPlan(batch.plan)
+    call = partial(tree_attention_forward, module, states, states, states, stepdpo_plan=signed, attention_mask=None)
     assert call()[0].shape == (1, batch.num_tokens, 4, 16)
     with pytest.raises(ValueError, match=r"no dropout, got 0\.1"):
         call(dropout=0.1)
@@ -343,19 +382,23 @@ def test_the_attention_function_refuses_what_it_does_not_compute(tiny_model: Mak
         with pytest.raises(ValueError, match=f"tree attention cannot apply {name} of LlamaAttention"):
             call(**{name: 3.0})
         call(**{name: None})
+    with pytest.raises(ValueError, match="cannot apply is_causal=False of LlamaAttention"):
+        call(is_causal=False)
+    with pytest.raises(ValueError, match="cannot apply a mask of LlamaAttention's own"):
+        call(attention_mask=torch.ones(1, 1, batch.num_tokens, batch.num_tokens, dtype=torch.bool))
     two = states.expand(2, -1, -1, -1)
     with pytest.raises(ValueError, match="a packed forest is a batch of 1, got 2"):
-        tree_attention_forward(module, two, two, two, None, stepdpo_plan=SignedPlan(batch.plan))
+        tree_attention_forward(module, two, two, two, None, signed)
 
 
 def test_scaling_and_window_reach_the_attention(tiny_model: Make) -> None:
     module, batch = tiny_model().model.layers[0].self_attn, _batch()
     query = torch.randn(1, 4, batch.num_tokens, 16)
     signed = SignedPlan(batch.plan)
-    call = partial(tree_attention_forward, module, query, query, query, None, stepdpo_plan=signed)
+    call = partial(tree_attention_forward, module, query, query, query, None, signed)
     default = call()[0]
     assert torch.equal(call(scaling=0.25)[0], default)  # 16 ** -0.5
     assert not torch.allclose(call(scaling=0.5)[0], default)
     alone = call(sliding_window=1)[0]  # every token sees itself only
     torch.testing.assert_close(alone, query.transpose(1, 2))
-    assert signed.layers == {0}
+    assert signed.windows == {0: 1}
