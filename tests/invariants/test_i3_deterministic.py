@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stepdpo_kernels.packing import pack_pairs
 from tests.exactness import MODELS, Step, packed_step
+from tests.families import FAMILIES
 from tests.forests import forest_pairs
 
 Make = Callable[..., PreTrainedModel]
@@ -75,19 +76,25 @@ import sys, torch
 from transformers import AutoModelForCausalLM
 from tests.invariants.test_i3_deterministic import _digest, _step
 torch.set_num_threads(2)
-print(_digest(_step(lambda: AutoModelForCausalLM.from_pretrained(sys.argv[1]).train())))
+for folder in sys.argv[1:]:
+    print(_digest(_step(lambda: AutoModelForCausalLM.from_pretrained(folder).train())))
 """
 
 
-def test_another_process_gets_the_same(tiny_model: Make, tmp_path: Path) -> None:
-    model = tiny_model("qwen2").train()
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("kinds", [["qwen2"], pytest.param([*FAMILIES], marks=pytest.mark.slow)], ids=["one", "every"])
+def test_another_process_gets_the_same(tiny_model: Make, tmp_path: Path, kinds: list[str]) -> None:
+    expected = []
+    for kind in kinds:
+        folder = tmp_path / kind
+        tiny_model(kind, **FAMILIES[kind].config).save_pretrained(folder)
+        # loaded here as there: MKL's sums for a single output depend on where in memory a weight begins
+        expected.append(_digest(_step(lambda folder=folder: AutoModelForCausalLM.from_pretrained(folder).train())))
     run = subprocess.run(
-        [sys.executable, "-c", _ELSEWHERE, str(tmp_path)],
+        [sys.executable, "-c", _ELSEWHERE, *(str(tmp_path / kind) for kind in kinds)],
         env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split()[-1] == _digest(_step(lambda: model))
+    assert dict(zip(kinds, run.stdout.split()[-len(kinds) :], strict=True)) == dict(zip(kinds, expected, strict=True))
