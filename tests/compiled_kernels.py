@@ -31,10 +31,15 @@ from triton.runtime.jit import JITFunction
 from stepdpo_kernels.ops.linear_logprob import triton_chunked, triton_kernel
 from stepdpo_kernels.ops.linear_logprob.triton_kernel import Config, Problem
 from stepdpo_kernels.ops.pair_loss import triton_kernel as pair_kernel
+from stepdpo_kernels.ops.tree_attention import triton_kernel as tree_kernel
+from stepdpo_kernels.ops.tree_attention.triton_kernel import Launch
+from stepdpo_kernels.ops.tree_attention.triton_tiles import make_tiles
+from stepdpo_kernels.packing import build_batch
+from tests.forests import nested_pairs
 
 # target of triton_kernel -> what Triton calls it, its shared memory in bytes, its matrix instruction
 TARGETS = {
-    ("cuda", 80): (GPUTarget("cuda", 80, 32), 163 * 1024, "mma.sync"),
+    ("cuda", 80): (GPUTarget("cuda", 80, 32), 99 * 1024, "mma.sync"),  # as much as consumer parts have
     ("cuda", 90): (GPUTarget("cuda", 90, 32), 227 * 1024, "wgmma.mma_async"),
     ("cuda", 100): (GPUTarget("cuda", 100, 32), 227 * 1024, "tcgen05.mma"),
     ("hip", 0): (GPUTarget("hip", "gfx942", 64), 64 * 1024, "v_mfma"),
@@ -68,12 +73,15 @@ def launches(target: tuple[str, int]) -> Iterator[list[tuple[str, Any]]]:
 
     driver.set_active(Offline(target))
     JITFunction.run = compile_only
-    triton_kernel.target_of = lambda device: target
+    for module in (triton_kernel, tree_kernel):
+        module.target_of = lambda device: target
     triton_kernel.processors = lambda device: 100
     try:
         yield compiled
     finally:
-        JITFunction.run, triton_kernel.target_of, triton_kernel.processors = run, target_of, processors
+        JITFunction.run, triton_kernel.processors = run, processors
+        for module in (triton_kernel, tree_kernel):
+            module.target_of = target_of
 
 
 def head(dtype: torch.dtype, rows: int, size: int, vocabulary: int, bias: bool, softcap: bool) -> None:
@@ -100,6 +108,41 @@ def pair(pairs: int, rows: int, reference: bool, weights: bool) -> None:
     pair_kernel._token_gradients._init_fn(torch.zeros(2 * pairs), few, few, many, many, pairs)
 
 
+def tree(
+    dtype: torch.dtype, heads: tuple[int, int], sizes: tuple[int, int], window: bool, softcap: bool, sinks: bool
+) -> None:
+    """Forward and backward; every head begins at a multiple of 16 elements."""
+    pairs = nested_pairs()
+    plan = build_batch(pairs, range(len(pairs)), "tree").plan
+    query, key, value = (
+        torch.zeros(plan.num_tokens, h, size, dtype=dtype)
+        for h, size in ((heads[0], sizes[0]), (heads[1], sizes[0]), (heads[1], sizes[1]))
+    )
+    options = (1.0, 5 if window else None, 30.0 if softcap else None)
+    config = tree_kernel._config(query, value)
+    tiles = make_tiles(plan, options[1], heads[0] // heads[1], *config.shapes)
+    inputs = (query, key, value, torch.zeros(heads[0], dtype=dtype) if sinks else None, *tiles, *options)
+    out, stats = tree_kernel._attention._init_fn(*inputs)
+    tree_kernel._gradients._init_fn(out, out, stats, *inputs)
+
+
+# Head sizes of queries and keys, and of values, to query heads for each head of keys: what models have, and odd ones
+TREES = {(16, 16): 2, (32, 32): 4, (64, 64): 7, (128, 128): 4, (192, 128): 1, (256, 256): 2}
+ODD_TREES = {(80, 80): 1, (96, 48): 1, (240, 144): 3}
+PLAIN, WINDOW, SOFTCAP, ALL = (False,) * 3, (True, False, False), (False, True, False), (True,) * 3  # and sinks
+
+
+def trees() -> Iterator[tuple[torch.dtype, dict[tuple[int, int], int], tuple[bool, bool, bool]]]:
+    """What makes kernels of their own; float16 and bfloat16 differ in nothing but an instruction's name."""
+    for options in (PLAIN, WINDOW, SOFTCAP, ALL):
+        yield torch.bfloat16, TREES, options
+    for options in (PLAIN, ALL):
+        yield torch.bfloat16, ODD_TREES, options
+        yield torch.float32, TREES, options
+    yield torch.float32, ODD_TREES, ALL
+    yield torch.float16, TREES | ODD_TREES, ALL
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for count, reference, weights in itertools.product((1, 16, 17), (False, True), (False, True)):
         name = f"pair-{count}{'-reference' * reference}{'-weights' * weights}"
@@ -110,6 +153,13 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         kind = f"{str(dtype).removeprefix('torch.')}-{shape[0]}"
         name = f"head-{kind}{'-bias' * bias}{'-softcap' * softcap}"
         yield name, lambda d=dtype, s=shape, bias=bias, softcap=softcap: head(d, *s, bias, softcap)
+    for dtype, shares, options in trees():
+        for sizes, share in shares.items():
+            on = "".join(
+                f"-{name}" for name, chosen in zip(("window", "softcap", "sinks"), options, strict=True) if chosen
+            )
+            name = f"tree-{str(dtype).removeprefix('torch.')}-{sizes[0]}-{sizes[1]}{on}"
+            yield name, lambda d=dtype, s=sizes, h=share, options=options: tree(d, (2 * h, 2), s, *options)
 
 
 def resources(kernel: Any, target: tuple[str, int]) -> dict[str, Any]:
@@ -147,15 +197,18 @@ def faults(kernel: Any, target: tuple[str, int], found: dict[str, Any], wide: bo
 
 def break_something(what: str) -> None:
     """Makes this check fail, which shows that it can."""
+    wrong = {
+        "registers": (Config(128, 256, 32, 4, 2), Launch(128, 128, 4, 2)),
+        "shared memory": (Config(128, 128, 128, 8, 5), Launch(128, 128, 8, 5)),
+        "tensor cores": (Config(128, 128, 64, 8, 4), Launch(64, 32, 8, 2)),
+    }
+    of_head, of_tree = wrong[what]
     for key in triton_kernel.CONFIGS:
-        if what == "registers":
-            triton_kernel.CONFIGS[key] = Config(128, 256, 32, 4, 2)
-        elif what == "shared memory":
-            triton_kernel.CONFIGS[key] = Config(128, 128, 128, 8, 5)
-        elif what == "tensor cores":
-            triton_kernel.CONFIGS[key] = Config(128, 128, 64, 8, 4)
+        triton_kernel.CONFIGS[key] = of_head
+    for key in tree_kernel.CONFIGS:
+        tree_kernel.CONFIGS[key] = tree_kernel.Config(of_tree, of_tree, of_tree)
     if what == "tensor cores":  # as if products were of float32
-        triton_kernel.INTERPRETED = True
+        triton_kernel.INTERPRETED = tree_kernel.INTERPRETED = True
 
 
 def main() -> None:

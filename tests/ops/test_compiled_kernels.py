@@ -31,7 +31,7 @@ def check(status: int, lines: list[dict[str, Any]]) -> None:
 
 
 def test_the_usual_kernels() -> None:
-    cases = ["head-bfloat16-1024", "head-float32-1023-bias-softcap", "pair-17"]
+    cases = ["head-bfloat16-1024", "head-float32-1023-bias-softcap", "pair-17", "tree-bfloat16-64-64-window-softcap"]
     status, lines = compile_kernels("--only", *cases)
     check(status, lines)
     assert {line["kernel"] for line in lines} >= {
@@ -41,32 +41,35 @@ def test_the_usual_kernels() -> None:
         "_gradient_kernel",
         "_branch_gradient_kernel",
         "_token_gradient_kernel",
+        "_delta_kernel",
+        "_d_query_kernel",
+        "_d_key_kernel",
     }
-    products = [line for line in lines if line["kernel"] == "_q_kernel" and "bfloat16" in line["case"]]
-    assert products
-    assert all(line["matrix"] for line in products)
+    for kernel in ("_q_kernel", "_d_query_kernel", "_d_key_kernel"):
+        products = [line for line in lines if line["kernel"] == kernel and "bfloat16" in line["case"]]
+        assert products
+        assert all(line["matrix"] for line in products)
 
 
 @pytest.mark.slow
 def test_all_kernels() -> None:
     status, lines = compile_kernels()
     check(status, lines)
-    assert {line["case"].split("-")[1] for line in lines if line["case"].startswith("head")} == {
-        "bfloat16",
-        "float16",
-        "float32",
-    }
+    for operation in ("head", "tree"):
+        dtypes = {line["case"].split("-")[1] for line in lines if line["case"].startswith(operation)}
+        assert dtypes == {"bfloat16", "float16", "float32"}
 
 
-@pytest.mark.parametrize(
-    ("what", "fault"),
-    [
-        ("registers", "spills"),
-        ("shared memory", "bytes of shared memory"),
-        ("tensor cores", "multiplies without"),
-    ],
-)
-def test_a_broken_kernel_is_found(what: str, fault: str) -> None:
-    status, lines = compile_kernels("--only", "head-bfloat16-1024-bias-softcap", "--break", what)
+FAULTS = {"registers": "spills", "shared memory": "bytes of shared memory", "tensor cores": "multiplies without"}
+TREE = "tree-bfloat16-128-128-window-softcap"
+
+
+@pytest.mark.parametrize(("case", "what"), [
+    *(("head-bfloat16-1024-bias-softcap", what) for what in FAULTS),
+    ("tree-bfloat16-16-16-window-softcap", "tensor cores"),
+    *(pytest.param(TREE, what, marks=pytest.mark.slow) for what in ("registers", "shared memory")),
+])  # fmt: skip
+def test_a_broken_kernel_is_found(case: str, what: str) -> None:
+    status, lines = compile_kernels("--only", case, "--break", what)
     assert status == 1
-    assert any(fault in text for line in lines for text in line["faults"])
+    assert any(FAULTS[what] in text for line in lines for text in line["faults"])

@@ -140,9 +140,9 @@ def test_any_forest(pairs: list[StepPair], share: str, window: int | None) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("softcap", [None, 0.3, 5.0])
+@pytest.mark.parametrize("softcap", [None, 0.3])
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("window", [None, 3, 20])
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("sizes", [(16, 16), (80, 80), (96, 64), (40, 130)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_option(
@@ -298,12 +298,13 @@ def test_a_nan_is_seen() -> None:
 
 def test_inputs_and_gradient_need_not_be_contiguous() -> None:
     plan = PLANS["one leaf"]
-    plain = [x.requires_grad_() for x in _inputs(plan)]
+    plain = [x.requires_grad_() for x in _inputs(plan, sizes=(16, 16))]
     upstream = _upstream(plain)
     layouts: list[Callable[[Tensor], Tensor]] = [
         lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),  # heads before tokens, as transformers has them
         lambda x: torch.cat([x, x], dim=2)[..., : x.shape[2]],  # a slice of a fused projection
         lambda x: x.permute(2, 1, 0).contiguous().permute(2, 1, 0),  # the elements of a head far apart
+        lambda x: torch.cat([x, x], dim=2)[..., 1 : x.shape[2] + 1].copy_(x),  # heads that begin at odd numbers
     ]
     for grad in (*(layout(upstream) for layout in layouts), torch.ones(1, 1, 1).expand_as(upstream)):
         expected = torch.autograd.grad(_attention(plan)(*plain), plain, grad)
@@ -362,7 +363,7 @@ def test_autocast() -> None:
 @pytest.mark.parametrize("sinks", [False, True])
 def test_opcheck(sinks: bool) -> None:
     plan = PLANS["one leaf"]
-    query, key, value, *rest = (x.requires_grad_() for x in _inputs(plan, sinks=sinks))
+    query, key, value, *rest = (x.requires_grad_() for x in _inputs(plan, sizes=(16, 32), sinks=sinks))
     tiles = make_tiles(plan, 3, 2, *triton_kernel.INTERPRETER_CONFIG.shapes)
     arguments = (query, key, value, rest[0] if sinks else None, *tiles, 0.5, 3, 2.0)
     torch.library.opcheck(triton_kernel._attention, arguments)

@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from stepdpo_kernels.ops.linear_logprob.triton_kernel import around_launches, target_of
 from stepdpo_kernels.ops.tree_attention.triton_tiles import Shape, tiles_of
@@ -66,27 +67,27 @@ class Config(NamedTuple):
 # Not tuned at run time: two runs of a step take the same tiles and give the same bits. Keys: what `target_of` returns,
 # the bits of an element, and the larger head size as a power of two. Shared memory on 8.0: what consumer parts have.
 CONFIGS = {
-    ("cuda", 80, 16, 64): Config(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
+    ("cuda", 80, 16, 64): Config(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 32, 4, 2)),
     ("cuda", 80, 16, 128): Config(Launch(128, 32, 8, 3), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
     ("cuda", 80, 16, 256): Config(Launch(64, 32, 8, 2), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), split=True),
-    ("cuda", 80, 32, 64): Config(Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
-    ("cuda", 80, 32, 128): Config(Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
-    ("cuda", 80, 32, 256): Config(Launch(16, 16, 4, 1), Launch(16, 16, 8, 2), Launch(16, 16, 8, 1)),
+    ("cuda", 80, 32, 64): Config(Launch(64, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
+    ("cuda", 80, 32, 128): Config(Launch(32, 16, 8, 2), Launch(16, 32, 8, 2), Launch(16, 32, 8, 2)),
+    ("cuda", 80, 32, 256): Config(Launch(16, 16, 4, 1), Launch(16, 16, 4, 2), Launch(16, 16, 8, 1)),
     ("cuda", 90, 16, 64): Config(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2)),
     ("cuda", 90, 16, 128): Config(Launch(128, 64, 8, 3), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
     ("cuda", 90, 16, 256): Config(Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(32, 64, 8, 2), split=True),
-    ("cuda", 90, 32, 64): Config(Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
-    ("cuda", 90, 32, 128): Config(Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
+    ("cuda", 90, 32, 64): Config(Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
+    ("cuda", 90, 32, 128): Config(Launch(32, 16, 8, 2), Launch(16, 32, 8, 2), Launch(16, 32, 8, 2)),
     ("cuda", 90, 32, 256): Config(Launch(16, 16, 4, 1), Launch(16, 16, 8, 2), Launch(16, 16, 8, 1)),
     ("cuda", 100, 16, 64): Config(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2)),
     ("cuda", 100, 16, 128): Config(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
-    ("cuda", 100, 16, 256): Config(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(32, 64, 8, 2), split=True),
-    ("cuda", 100, 32, 64): Config(Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
-    ("cuda", 100, 32, 128): Config(Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
+    ("cuda", 100, 16, 256): Config(Launch(64, 64, 8, 2), Launch(64, 64, 4, 2), Launch(32, 64, 8, 2), split=True),
+    ("cuda", 100, 32, 64): Config(Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
+    ("cuda", 100, 32, 128): Config(Launch(32, 16, 8, 2), Launch(32, 16, 8, 2), Launch(16, 32, 8, 2)),
     ("cuda", 100, 32, 256): Config(Launch(16, 16, 4, 1), Launch(16, 16, 8, 2), Launch(16, 16, 8, 1)),
-    ("hip", 0, 16, 64): Config(Launch(128, 64, 8, 1), Launch(64, 64, 4, 1), Launch(64, 32, 4, 1)),
-    ("hip", 0, 16, 128): Config(Launch(128, 32, 8, 1), Launch(64, 32, 4, 1), Launch(64, 32, 4, 1)),
-    ("hip", 0, 16, 256): Config(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)),
+    ("hip", 0, 16, 64): Config(Launch(64, 16, 4, 1), Launch(64, 32, 4, 1), Launch(32, 32, 4, 1)),
+    ("hip", 0, 16, 128): Config(Launch(64, 16, 4, 1), Launch(64, 32, 4, 1), Launch(32, 32, 4, 1)),
+    ("hip", 0, 16, 256): Config(Launch(32, 16, 4, 1), Launch(32, 16, 4, 1), Launch(32, 32, 4, 1)),
     ("hip", 0, 32, 64): Config(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)),
     ("hip", 0, 32, 128): Config(Launch(32, 32, 4, 1), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1)),
     ("hip", 0, 32, 256): Config(Launch(16, 16, 4, 1), Launch(16, 16, 4, 1), Launch(16, 16, 4, 1)),
@@ -242,8 +243,8 @@ def _forward_kernel(
     for n in tl.range(1, tl.load(seen) + 1):
         key, size, reach = _keys(tl.load(seen + n), ends, depths, window, T, BLOCK_N, WINDOW)
         k_tile = _tile(k, key, tl.program_id(1), stride_kt, stride_kh, T, D, BLOCK_D)
-        sees = _sees(token[:, None], depth[:, None], key[None, :], size[None, :], reach[None, :], WINDOW)
         z = _dot(q_tile, k_tile.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
+        sees = _sees(token[:, None], depth[:, None], key[None, :], size[None, :], reach[None, :], WINDOW)
         z, _ = _scores(z, sees, scale, softcap, SOFTCAP)
         new_top = tl.maximum(top, tl.max(z, axis=1))
         p = tl.exp(z - new_top[:, None])
@@ -334,9 +335,9 @@ def _d_query_kernel(
         key, size, reach = _keys(tl.load(seen + n), ends, depths, window, T, BLOCK_N, WINDOW)
         k_tile = _tile(k, key, tl.program_id(1), stride_kt, stride_kh, T, D, BLOCK_D)
         v_tile = _tile(v, key, tl.program_id(1), stride_vt, stride_vh, T, E, BLOCK_E)
-        sees = _sees(token[:, None], depth[:, None], key[None, :], size[None, :], reach[None, :], WINDOW)
         products = _dot(q_tile, k_tile.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
         d_p = _dot(d_tile, v_tile.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
+        sees = _sees(token[:, None], depth[:, None], key[None, :], size[None, :], reach[None, :], WINDOW)
         z, slope = _scores(products, sees, scale, softcap, SOFTCAP)
         d_s = tl.exp((z - top[:, None]) - log_sum[:, None]) * (d_p - delta[:, None]) * slope
         acc = _dot(d_s.to(k_tile.dtype), k_tile, acc, UPCAST)
@@ -398,8 +399,8 @@ def _d_key_kernel(
         top = tl.load(stats + at, mask=token < T, other=0.0)
         log_sum = tl.load(stats + T * H + at, mask=token < T, other=0.0)
         depth = tl.load(depths + token, mask=token < T, other=0) if WINDOW else token
-        sees = _sees(token[None, :], depth[None, :], key[:, None], size[:, None], reach[:, None], WINDOW)
         products = _dot(k_tile, q_tile.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST)
+        sees = _sees(token[None, :], depth[None, :], key[:, None], size[:, None], reach[:, None], WINDOW)
         z, slope = _scores(products, sees, scale, softcap, SOFTCAP)
         p = tl.exp((z - top[None, :]) - log_sum[None, :])
         if VALUES:
@@ -437,8 +438,10 @@ def why_not(inputs: dict[str, Any]) -> list[str]:
 # ---- launchers ------------------------------------------------------------------------------------------------------
 
 
-def _neighbouring(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 else x.contiguous()
+def _aligned(x: Tensor) -> Tensor:
+    """With heads that begin at multiples of 16 elements, which Triton loads 16 bytes at a time."""
+    aligned = x.stride(2) == 1 and x.stride(0) % 16 == x.stride(1) % 16 == x.data_ptr() % 16 == 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _constants(
@@ -485,9 +488,9 @@ def _attention(
     sliding_window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output (T, H, e), and (2, T, H) float32 for backward."""
+    """Output (T, H, e), and (2, T, H) float32 for backward; for head sizes that are multiples of 16."""
     (tokens, heads, _), groups = query.shape, key.shape[1]
-    q, k, v = (_neighbouring(x) for x in (query, key, value))
+    q, k, v = (_aligned(x) for x in (query, key, value))
     out = query.new_empty(tokens, heads, value.shape[2])
     stats = query.new_empty(2, tokens, heads, dtype=torch.float32)
     config = _config(query, value)
@@ -529,7 +532,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dQ, dK, dV, and the gradient of the sinks, (0,) without them; contiguous, in the dtypes of what they are of."""
     (tokens, heads, _), groups = query.shape, key.shape[1]
-    q, k, v, grad = (_neighbouring(x) for x in (query, key, value, grad))
+    q, k, v, grad = (_aligned(x) for x in (query, key, value, grad))
     d_query, d_key, d_value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
     deltas = torch.empty_like(stats[0])
     config = _config(query, value)
@@ -605,4 +608,6 @@ def tree_attention(
     config = _config(query, value)
     group = query.shape[1] // key.shape[1]
     tiles = tiles_of(plan, sliding_window, group, *config.shapes)
-    return _attention(query, key, value, sinks, *tiles, scale, sliding_window, softcap)[0]
+    q, k, v = (pad(x, (0, -x.shape[2] % 16)) for x in (query, key, value))
+    output = _attention(q, k, v, sinks, *tiles, scale, sliding_window, softcap)[0]
+    return output[:, :, : value.shape[2]]
