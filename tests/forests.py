@@ -107,3 +107,46 @@ def nodes_by_brute_force(pairs: Sequence[StepPair], share: str) -> int:
         "none": [[sequence] for sequence in encoded],
     }[share]
     return sum(len(prefixes_of(unit)) for unit in units)
+
+
+def random_forest(
+    rng: np.random.Generator,
+    *,
+    pairs: int,
+    prompt: int,
+    step: tuple[int, int],
+    groups: int,
+    vocab_size: int = 50_000,
+) -> list[StepPair]:
+    """Pairs of some problems, each a growing tree of solutions: a chosen step continues into prefixes of later pairs.
+
+    Some pairs of one prefix have the same rejected step, some the same chosen one, some steps begin alike, few are
+    empty. Prompts of about `prompt` tokens, steps of `step[0]` to `step[1]` tokens.
+    """
+
+    def tokens(low: int, high: int) -> list[int]:
+        return rng.integers(0, vocab_size, rng.integers(low, high + 1)).tolist()
+
+    system = tokens(0, 8)
+    found: list[StepPair] = []
+    contexts = [[system + tokens(max(prompt // 2, 1), 2 * prompt)] for _ in range(groups)]
+    before: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
+    for i in range(pairs):
+        group = int(rng.integers(groups))
+        prefix = contexts[group][rng.integers(len(contexts[group]))]
+        chosen, rejected = tokens(*step), tokens(*step)
+        luck = rng.random()
+        if tuple(prefix) in before and luck < 0.5:
+            if luck < 0.25:
+                chosen = before[tuple(prefix)][0]
+            else:
+                rejected = before[tuple(prefix)][1]
+        elif luck > 0.9:
+            rejected = [*chosen[: len(chosen) // 2], *rejected]
+        elif luck > 0.88:
+            chosen = []
+        before[tuple(prefix)] = chosen, rejected
+        if chosen:
+            contexts[group].append([*prefix, *chosen, *tokens(0, 2)])
+        found.append(make_pair(prefix, chosen, rejected, id=f"{group}-{i}", group=f"problem {group}"))
+    return found

@@ -64,7 +64,10 @@ def inspect(
         int, typer.Option(help="Longest prefix and step in tokens; longer pairs are left out.")
     ] = 1024,
     max_tokens: Annotated[int, typer.Option(help="Budget of a packed batch in tokens.")] = 8192,
-    share: Annotated[Share, typer.Option(help="What pairs share in the batch that is drawn.")] = Share.TREE,
+    share: Annotated[
+        Share, typer.Option(help="Which prefixes are encoded once, in optimiser steps and in the picture.")
+    ] = Share.TREE,
+    pairs_per_step: Annotated[int, typer.Option(min=1, help="Pairs of an optimiser step, over all processes.")] = 128,
     limit: Annotated[int | None, typer.Option(help="Read only the first so many records.")] = None,
     output: Annotated[Path | None, typer.Option(help="Draw a packed batch to this PNG file.")] = None,
     pairs: Annotated[
@@ -103,8 +106,9 @@ def inspect(
     print_report(console, dataset.report)
     console.print(lengths_table(dataset))
     costs = sharing_costs(dataset, max_tokens)
-    console.print(sharing_table(costs, dataset, max_tokens))
-    print_verdict(console, costs, share.value)
+    in_steps = step_costs(dataset, max_tokens, share.value, pairs_per_step)
+    console.print(sharing_table(costs | in_steps, dataset, max_tokens))
+    print_verdict(console, costs, in_steps, share.value, pairs_per_step)
     print_pair(console, dataset[0], tokens_of)
     if output is not None:
         from stepdpo_kernels.cli.picture import draw
@@ -175,26 +179,41 @@ def sharing_costs(pairs: Sequence[StepPair], max_tokens: int) -> dict[str, Cost]
     """
     import numpy as np
 
-    from stepdpo_kernels.packing import pack_pairs, savings, tokens_of_pair
+    from stepdpo_kernels.packing import padded_tokens
 
     order = np.random.default_rng(0).permutation(len(pairs))
-    longest = np.array([p.prefix_ids.size + max(p.chosen_ids.size, p.rejected_ids.size) for p in pairs])[order]
-    groups = np.split(longest, range(PADDED, len(pairs), PADDED))
-    padded = sum(2 * group.size * int(group.max()) for group in groups)
-    unshared = unshared_tokens(pairs)
+    padded = padded_tokens([pairs[i] for i in order], PADDED)
     steps = sum(pair.chosen_ids.size + pair.rejected_ids.size for pair in pairs)
-    costs = {"padded": Cost(padded, len(groups), unshared / padded, steps)}
-    for share in ("none", "pair", "tree"):
+    costs = {"padded": Cost(padded, -(-len(pairs) // PADDED), unshared_tokens(pairs) / padded, steps)}
+    return costs | {share: packed_cost([pairs], max_tokens, share) for share in ("none", "pair", "tree")}
+
+
+def packed_cost(steps: Sequence[Sequence[StepPair]], max_tokens: int, share: str) -> Cost:
+    """Cost of packing each step on its own; a pair over the budget gets a batch of its own."""
+    from stepdpo_kernels.packing import pack_pairs, savings, tokens_of_pair
+
+    batches = []
+    for pairs in steps:
         sizes = [tokens_of_pair(pair, share) for pair in pairs]
-        batches = pack_pairs(
-            [p for p, size in zip(pairs, sizes, strict=True) if size <= max_tokens], max_tokens, share=share
-        )
+        fitting = [p for p, size in zip(pairs, sizes, strict=True) if size <= max_tokens]
+        batches += pack_pairs(fitting, max_tokens, share=share)
         for pair, size in zip(pairs, sizes, strict=True):
             if size > max_tokens:
                 batches += pack_pairs([pair], size, share=share)
-        total = savings(batches)
-        room = sum(max(batch.num_tokens, max_tokens) for batch in batches)
-        costs[share] = Cost(int(total["tokens"]), len(batches), total["tokens"] / room, int(total["rows"]))
+    total = savings(batches)
+    room = sum(max(batch.num_tokens, max_tokens) for batch in batches)
+    return Cost(int(total["tokens"]), len(batches), total["tokens"] / room, int(total["rows"]))
+
+
+def step_costs(pairs: Sequence[StepPair], max_tokens: int, share: str, pairs_per_step: int) -> dict[str, Cost]:
+    """Cost of the optimiser steps of an epoch (seed 0), "shuffle"d or "grouped" by problem."""
+    from stepdpo_kernels.packing import SAMPLING_MODES, epoch_order
+
+    costs = {}
+    for sampling in SAMPLING_MODES:
+        order = epoch_order(pairs, 0, sampling, pairs_per_step=pairs_per_step)
+        steps = [[pairs[i] for i in order[at : at + pairs_per_step]] for at in range(0, len(order), pairs_per_step)]
+        costs[sampling] = packed_cost(steps, max_tokens, share)
     return costs
 
 
@@ -208,10 +227,11 @@ def sharing_table(costs: dict[str, Cost], pairs: Sequence[StepPair], max_tokens:
     unshared = unshared_tokens(pairs)
     table = _table("share", "tokens", "batches", "fill", "fewer", "loss rows", "of all")
     table.caption = (
-        f"All branches, each on its own, have {unshared:,} tokens. Packed batches hold at most {max_tokens:,}; fill: "
-        "tokens over room; fewer: unshared tokens over tokens; of all: loss rows over unshared tokens."
+        f"All branches, each on its own, have {unshared:,} tokens. Packed batches hold at most {max_tokens:,}; share: "
+        "what is encoded once, with all pairs at hand; steps: what training packs; fill: tokens over room; fewer: "
+        "unshared tokens over tokens; loss rows: the tokens to predict; of all: loss rows over unshared tokens."
     )
-    names = {"padded": f"{PADDED} pairs, padded"}
+    names = {"padded": f"{PADDED} pairs, padded", "shuffle": "steps, shuffled", "grouped": "steps, by problem"}
     for share, cost in costs.items():
         table.add_row(
             names.get(share, share),
@@ -221,20 +241,34 @@ def sharing_table(costs: dict[str, Cost], pairs: Sequence[StepPair], max_tokens:
             f"{unshared / cost.tokens:.2f}×",
             f"{cost.rows:,}",
             f"{cost.rows / unshared:.1%}",
-            end_section=share == "padded",
+            end_section=share in ("padded", "tree"),
         )
     return table
 
 
-def print_verdict(console: Console, costs: dict[str, Cost], share: str) -> None:
-    cost, padded = costs[share], costs["padded"]
-    batches = f"{cost.batches:,} batch{'es' if cost.batches > 1 else ''}"
+def print_verdict(
+    console: Console, costs: dict[str, Cost], in_steps: dict[str, Cost], share: str, pairs_per_step: int
+) -> None:
+    """What an epoch of training encodes, against other layouts of the same pairs."""
+    shuffled, grouped = in_steps["shuffle"], in_steps["grouped"]
+    others = {f"padded batches of {PADDED} pairs": "padded", "no padding": "none", "sharing within pairs": "pair"}
+    compared = ", ".join(
+        f"{costs[name].tokens / shuffled.tokens:.1f}× fewer than with {words}"
+        for words, name in others.items()
+        if name != share
+    )
     console.print(
-        f"Packed with share={share}, an epoch encodes {cost.tokens:,} tokens in {batches}: "
-        f"{padded.tokens / cost.tokens:.1f}× fewer than the {padded.tokens:,} of padded batches of {PADDED} pairs.",
+        f"Packed with share={share} in shuffled steps of {pairs_per_step} pairs, an epoch encodes "
+        f"{shuffled.tokens:,} tokens in {shuffled.batches:,} batch{'es' if shuffled.batches > 1 else ''}: {compared}.",
         style="bold",
         markup=False,
     )
+    if grouped.tokens < shuffled.tokens:
+        console.print(
+            f"With train_sampling_strategy=grouped, problem by problem, {grouped.tokens:,} in {grouped.batches:,}: "
+            f"{shuffled.tokens / grouped.tokens:.1f}× fewer again, but other steps than plain shuffling draws.",
+            markup=False,
+        )
 
 
 def print_pair(console: Console, pair: StepPair, tokenizer: PreTrainedTokenizerBase) -> None:

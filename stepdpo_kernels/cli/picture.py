@@ -214,8 +214,8 @@ def draw(batch: PackedBatch, decode: Callable[[Sequence[int]], str], path: Path,
         _draw_attention(right, batch, trees)
         figure.text(0.2 / WIDTH, 1 - 0.3 / height, title or headline(batch), size=13, weight="bold", color=TEXT)
         for axes, words in (
-            (left, "The tokens that are encoded. Numbers are pairs, open cells are only predicted."),
-            (right, "Attention: a token sees itself and its ancestors"),
+            (left, "A filled square is a token, encoded once; open ones are only predicted. Numbers: pairs."),
+            (right, "Attention: a token sees itself and what leads to it"),
         ):
             figure.text(axes.get_position().x0, 1 - (head - 0.12) / height, words, size=9, color=INK[PREFIX])
         image = BytesIO()
@@ -309,6 +309,8 @@ def _label(
     for line in reversed(fit(words, room, most_lines, keep_end=run.kind == PREFIX)):
         axes.text(x, y, line, size=TEXT_SIZE, color=TEXT, va="baseline", parse_math=False)
         y -= LEADING
+    if run.kind == PREFIX and text_width(name, TAG_SIZE, bold=True) > room + 6:
+        name = "prefix"
     if text_width(name, TAG_SIZE, bold=True) <= room + 6:
         axes.text(x, y, name, size=TAG_SIZE, weight="bold", color=INK[run.kind], va="baseline", parse_math=False)
 
@@ -416,16 +418,16 @@ def _draw_attention(axes: Axes, batch: PackedBatch, trees: Sequence[Run]) -> Non
             )
             shown = middle
     _annotate(axes, batch, trees, points)
-    axes.set_xlabel("tokens that are read (keys); lines between leaves", size=TAG_SIZE, color=FAINT)
-    axes.text(
-        size + 4 / points, size / 2, "tokens that read (queries)", size=TAG_SIZE, color=FAINT, rotation=270, va="center"
-    )
+    words = "a column for each token, coloured where it is seen (key);\nlines where another branch begins"
+    axes.set_xlabel(words, size=TAG_SIZE, color=FAINT)
+    words = "a row for each token, coloured what it sees (query)"
+    axes.text(size + 4 / points, size / 2, words, size=TAG_SIZE, color=FAINT, rotation=270, va="center")
 
 
 def _annotate(axes: Axes, batch: PackedBatch, trees: Sequence[Run], points: float) -> None:
     """Words on the pattern, where there is room: what the first block is, and why the rest of it is empty."""
     size, block = batch.num_tokens, trees[0].encoded
-    words = "encoded once,\nread by all"
+    words = "encoded once,\nseen by all"
     if len(trees) == 1 and trees[0].kind == PREFIX and block * points > text_width("encoded once,", TAG_SIZE) + 8:
         # Between two leaves' lines, below the first block's own rows.
         edges = [max(at, block) for at in batch.plan.cu_q.tolist()]
@@ -441,7 +443,7 @@ def _annotate(axes: Axes, batch: PackedBatch, trees: Sequence[Run], points: floa
                 va="center",
                 bbox={"facecolor": COLOURS[PREFIX], "linewidth": 0, "pad": 2},
             )
-    words = "never read: what comes later\nand other branches"
+    words = "never seen: what comes later\nand other branches"
     axes.text(
         size - 8 / points,
         18 / points,

@@ -1,6 +1,20 @@
 """Pairs -> prefix forest -> flat tensors under a token budget."""
 
 from stepdpo_kernels.packing.batch import SHARE_MODES, build_batch
-from stepdpo_kernels.packing.pack import pack_pairs, plan_bins, savings, tokens_of_pair
+from stepdpo_kernels.packing.bins import spread
+from stepdpo_kernels.packing.order import SAMPLING_MODES, epoch_order
+from stepdpo_kernels.packing.pack import pack_pairs, padded_tokens, plan_bins, plan_ranks, savings, tokens_of_pair
 
-__all__ = ["SHARE_MODES", "build_batch", "pack_pairs", "plan_bins", "savings", "tokens_of_pair"]
+__all__ = [
+    "SAMPLING_MODES",
+    "SHARE_MODES",
+    "build_batch",
+    "epoch_order",
+    "pack_pairs",
+    "padded_tokens",
+    "plan_bins",
+    "plan_ranks",
+    "savings",
+    "spread",
+    "tokens_of_pair",
+]

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from stepdpo_kernels.packing.trie import build_trie, path_positions
-from stepdpo_kernels.types import PackedBatch, Ragged, StepPair, TokenIds, TreePlan
+from stepdpo_kernels.packing.trie import Forest, Ints, Sequences, build_forest, spans
+from stepdpo_kernels.types import PackedBatch, Ragged, StepPair, TreePlan
 
 SHARE_MODES = ("tree", "pair", "none")
 
 
-def node_sequence(prefix: TokenIds, branch: TokenIds) -> TokenIds:
-    """The tokens that a branch needs encoded: all but its last, which is a target only."""
-    return np.concatenate([prefix, branch[:-1]])
+def node_sequences(pairs: Sequence[StepPair]) -> Sequences:
+    """The tokens that each branch needs encoded: all but its last, which is a target only.
+
+    Number 2p is pair p's chosen step after its prefix, 2p + 1 its rejected one.
+    """
+    return Sequences.of((pair.prefix_ids, step[:-1]) for pair in pairs for step in (pair.chosen_ids, pair.rejected_ids))
 
 
 def trie_units(num_pairs: int, share: str) -> list[list[int]]:
@@ -27,71 +30,76 @@ def trie_units(num_pairs: int, share: str) -> list[list[int]]:
     return [[b] for b in range(2 * num_pairs)]
 
 
-def build_batch(pairs: Sequence[StepPair], indices: Sequence[int], share: str) -> PackedBatch:
-    """Packs `pairs[i] for i in indices` into one forest, whatever its size.
+def build_batch(
+    pairs: Sequence[StepPair], indices: Sequence[int], share: str, *, sequences: Sequences | None = None
+) -> PackedBatch:
+    """Packs `pairs[i] for i in indices` into one forest, whatever its size; for no indices a batch of no tokens.
 
     share: "tree" holds every common prefix of the batch once, "pair" those of the two steps of a pair, "none" nothing.
+    sequences: `node_sequences(pairs)`, where they are known already
     """
-    chosen_pairs = [pairs[i] for i in indices]
-    steps = [step for pair in chosen_pairs for step in (pair.chosen_ids, pair.rejected_ids)]  # 2P
-    prefixes = [pair.prefix_ids for pair in chosen_pairs for _ in range(2)]
-
-    leaf_tokens: list[TokenIds] = []  # nodes that each leaf owns
-    leaf_depths: list[np.ndarray] = []
-    leaf_paths: list[np.ndarray] = []
-    sources: list[np.ndarray] = [np.empty(0, np.int64)] * len(steps)  # packed positions that predict each step's tokens
-    offset = 0
-    for unit in trie_units(len(chosen_pairs), share):
-        trie = build_trie([node_sequence(prefixes[b], steps[b]) for b in unit])
-        paths = path_positions(trie, offset)
-        for leaf, start in zip(trie.leaves, trie.starts, strict=True):
-            leaf_tokens.append(leaf[start:])
-            leaf_depths.append(np.arange(start, leaf.size))
-        for b, (leaf_number, _) in zip(unit, trie.homes, strict=True):
-            first = prefixes[b].size - 1
-            sources[b] = paths[leaf_number][first : first + steps[b].size]
-        leaf_paths.extend(paths)
-        offset += trie.num_nodes
+    mine = [pairs[i] for i in indices]
+    if sequences is None:
+        sequences = node_sequences(mine)
+    else:
+        sequences = sequences.take([b for i in indices for b in (2 * i, 2 * i + 1)])
+    forest = build_forest(sequences, trie_units(len(mine), share))
+    steps = [step for pair in mine for step in (pair.chosen_ids, pair.rejected_ids)]  # 2P
+    tokens = np.concatenate([np.empty(0, np.int32), *steps])
+    lengths = np.array([step.size for step in steps], np.int64)
+    prefixes = np.array([pair.prefix_ids.size for pair in mine for _ in range(2)], np.int64)
 
     # One loss row for each distinct (position, target) edge, sorted by position.
-    edges = [source << 32 | step for source, step in zip(sources, steps, strict=True)]
-    unique_edges, row_of_edge = np.unique(np.concatenate(edges), return_inverse=True)
-    branch_rows = np.split(row_of_edge, np.cumsum([e.size for e in edges])[:-1])
-    # One branch for each distinct list of rows: a step that several pairs of a trie share is summed once.
-    distinct = {rows.tobytes(): rows for rows in branch_rows}
-    branch_number = {key: s for s, key in enumerate(distinct)}
-    of_step = [branch_number[rows.tobytes()] for rows in branch_rows]
+    sources = forest.paths[spans(forest.cu_k[forest.homes] + prefixes - 1, lengths)]
+    edges, row_of_token = np.unique(sources << 32 | tokens, return_inverse=True)
+    # One branch for each distinct (first row, last row), which a path lies between: a step that several pairs of a trie
+    # share is summed once. An empty step is the branch (-1, -1).
+    cuts = np.append(0, np.cumsum(lengths))
+    rows = np.append(row_of_token, -1)
+    first = np.where(lengths > 0, rows[cuts[:-1]], -1)
+    last = np.where(lengths > 0, rows[cuts[1:] - 1], -1)
+    numbers: dict[tuple[int, int], int] = {}
+    of_step = [numbers.setdefault(ends, len(numbers)) for ends in zip(first.tolist(), last.tolist(), strict=True)]
+    _, first_step = np.unique(np.array(of_step, np.int64), return_index=True)  # (S,) a step of each branch
+    branch_rows = row_of_token[spans(cuts[first_step], lengths[first_step])]
 
     return PackedBatch(
-        input_ids=_int64(np.concatenate(leaf_tokens)),
-        position_ids=_int64(np.concatenate(leaf_depths)),
-        plan=_plan(leaf_tokens, leaf_paths, offset),
-        rows=Ragged.from_rows(unique_edges >> 32, np.ones_like(unique_edges), offset),
-        targets=_int64(unique_edges & 0xFFFFFFFF),
-        branches=Ragged.from_rows(
-            np.concatenate([*distinct.values()]), np.array([r.size for r in distinct.values()]), unique_edges.size
-        ),
+        input_ids=_int64(forest.tokens),
+        position_ids=_int64(forest.depths),
+        plan=_plan(forest),
+        rows=_sorted_columns(edges >> 32, forest.tokens.size),
+        targets=_int64(edges & 0xFFFFFFFF),
+        branches=Ragged.from_rows(branch_rows, lengths[first_step], edges.size),
         chosen=_int64(np.array(of_step[0::2])),
         rejected=_int64(np.array(of_step[1::2])),
-        weights=torch.tensor([pair.weight for pair in chosen_pairs], dtype=torch.float32),
+        weights=torch.tensor([pair.weight for pair in mine], dtype=torch.float32),
         pair_index=_int64(np.array(indices)),
-        pair_ids=tuple(pair.id for pair in chosen_pairs),
-        tokens_unshared=sum(prefix.size + step.size for prefix, step in zip(prefixes, steps, strict=True)),
+        pair_ids=tuple(pair.id for pair in mine),
+        tokens_unshared=int(prefixes.sum() + lengths.sum()),
     )
 
 
-def _plan(leaf_tokens: list[TokenIds], leaf_paths: list[np.ndarray], num_tokens: int) -> TreePlan:
-    queries = np.array([tokens.size for tokens in leaf_tokens])
-    keys = np.array([path.size for path in leaf_paths])
-    index = np.concatenate(leaf_paths)  # (K,)
+def _sorted_columns(index: Ints, columns: int) -> Ragged:
+    """A Ragged of one column a row, in ascending order: its transpose has the rows in order, too."""
+    rows = torch.arange(index.size)
+    return Ragged(_int64(index), torch.ones_like(rows), rows, _int64(np.bincount(index, minlength=columns)))
+
+
+def _plan(forest: Forest) -> TreePlan:
+    index, counts = forest.paths_of_nodes()
     return TreePlan(
-        keys=Ragged.from_rows(index, np.ones_like(index), num_tokens),
-        cu_q=torch.from_numpy(np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)),
-        cu_k=torch.from_numpy(np.concatenate([[0], np.cumsum(keys)]).astype(np.int32)),
-        max_q=int(queries.max()),
-        max_k=int(keys.max()),
+        keys=Ragged(
+            index=_int64(forest.paths),
+            lengths=torch.ones(forest.paths.size, dtype=torch.int64),
+            t_index=_int64(index),
+            t_lengths=_int64(counts),
+        ),
+        cu_q=torch.from_numpy(forest.cu_q.astype(np.int32)),
+        cu_k=torch.from_numpy(forest.cu_k.astype(np.int32)),
+        max_q=int(np.diff(forest.cu_q).max(initial=0)),
+        max_k=int(np.diff(forest.cu_k).max(initial=0)),
     )
 
 
 def _int64(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.int64))
+    return torch.from_numpy(array.astype(np.int64, copy=False))

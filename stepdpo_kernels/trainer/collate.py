@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainerCallback, TrainingArguments
 
-from stepdpo_kernels.packing import pack_pairs
+from stepdpo_kernels.packing import build_batch, epoch_order, plan_ranks
 from stepdpo_kernels.types import PackedBatch, StepPair
 
 
@@ -30,29 +30,27 @@ class IndexedPairs(Dataset[tuple[int, StepPair]]):
 
 
 class StepSampler(Sampler[list[int]]):
-    """This process's pairs of each optimiser step of an epoch.
+    """The pairs of each optimiser step of an epoch, over all processes.
 
-    Every pair is drawn once an epoch, over all processes: the last step is short, and some of its shares may be empty,
-    where the number of pairs is no multiple of `pairs_per_step`.
+    Every pair is drawn once an epoch: the last step is short where the number of pairs is no multiple of
+    `pairs_per_step`.
 
     seed:       with `epoch`, decides the order; None keeps the order of the dataset
+    sampling:   "shuffle" or "grouped", see `epoch_order`
     drop_last:  leave a short last step out
     """
 
     def __init__(
         self,
-        num_pairs: int,
+        pairs: Sequence[StepPair],
         pairs_per_step: int,
         *,
         seed: int | None = None,
+        sampling: str = "shuffle",
         drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
-        self.pairs_per_step, self.seed = pairs_per_step, seed
-        self.rank, self.world_size = rank, world_size
-        self.num_pairs = num_pairs
-        self.starts = range(0, num_pairs - (pairs_per_step - 1 if drop_last else 0), pairs_per_step)
+        self.pairs, self.pairs_per_step, self.seed, self.sampling = pairs, pairs_per_step, seed, sampling
+        self.starts = range(0, len(pairs) - (pairs_per_step - 1 if drop_last else 0), pairs_per_step)
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -60,12 +58,11 @@ class StepSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.seed is None:
-            order = list(range(self.num_pairs))
+            order = list(range(len(self.pairs)))
         else:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.num_pairs, generator=generator).tolist()
+            order = epoch_order(self.pairs, self.seed + self.epoch, self.sampling, pairs_per_step=self.pairs_per_step)
         for start in self.starts:
-            yield order[start : start + self.pairs_per_step][self.rank :: self.world_size]
+            yield order[start : start + self.pairs_per_step]
 
 
 class SetEpoch(TrainerCallback):
@@ -78,30 +75,43 @@ class SetEpoch(TrainerCallback):
 class StepCollator:
     """Packs the pairs of an optimiser step into as few forward passes as the token budget allows.
 
+    Each process plans for all, which takes milliseconds, and packs its share: pairs of one problem stay together, and
+    the processes encode about as many tokens each. Where there are fewer batches than processes, some get none.
+
     `PackedBatch.pair_index` of the result counts through the dataset, not through the step.
     """
 
-    def __init__(self, max_tokens: int, share: str) -> None:
-        self.max_tokens, self.share = max_tokens, share
+    def __init__(self, max_tokens: int, share: str, *, rank: int = 0, world_size: int = 1) -> None:
+        self.max_tokens, self.share, self.rank, self.world_size = max_tokens, share, rank, world_size
 
     def __call__(self, items: Sequence[tuple[int, StepPair]]) -> list[PackedBatch]:
         numbers = torch.tensor([number for number, _ in items], dtype=torch.int64)
-        batches = pack_pairs([pair for _, pair in items], self.max_tokens, share=self.share)
+        pairs = [pair for _, pair in items]
+        bins = plan_ranks(pairs, self.max_tokens, self.world_size, share=self.share)[self.rank]
+        batches = [build_batch(pairs, indices, self.share) for indices in bins]
         return [replace(batch, pair_index=numbers[batch.pair_index]) for batch in batches]
+
+    def of_process(self, args: TrainingArguments) -> StepCollator:
+        """The same for this process's share of a step."""
+        return StepCollator(self.max_tokens, self.share, rank=args.process_index, world_size=args.world_size)
 
 
 def step_sampler(dataset: IndexedPairs, pairs_per_step: int, args: TrainingArguments, **order: Any) -> StepSampler:
-    return StepSampler(len(dataset), pairs_per_step, rank=args.process_index, world_size=args.world_size, **order)
+    sampling = "grouped" if args.train_sampling_strategy == "grouped" else "shuffle"
+    return StepSampler(dataset.pairs, pairs_per_step, sampling=sampling, **order)
 
 
 def step_loader(
     dataset: IndexedPairs, sampler: StepSampler, collator: StepCollator, args: TrainingArguments
 ) -> DataLoader[Any]:
-    """One item a step. Not prepared by accelerate, which repeats pairs where they do not divide among the processes."""
+    """One item a step, packed by the loader's workers if it has any (`dataloader_num_workers`).
+
+    Not prepared by accelerate, which repeats pairs where they do not divide among the processes.
+    """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=collator,
+        collate_fn=collator.of_process(args),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,

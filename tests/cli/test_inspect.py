@@ -20,7 +20,7 @@ from PIL import Image
 from stepdpo_kernels import StepDPOError, StepPair, load_step_pairs, pack_pairs
 from stepdpo_kernels.cli import main, picture
 from stepdpo_kernels.cli.inspect import inspect, pairs_to_draw, sharing_costs
-from stepdpo_kernels.packing import build_batch, tokens_of_pair
+from stepdpo_kernels.packing import SHARE_MODES, build_batch, epoch_order, tokens_of_pair
 from stepdpo_kernels.packing.reference import padded_batch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +121,36 @@ def test_what_sharing_saves(
     cells = int(padded.replace(",", ""))
     assert unshared < cells <= padded_batch(pairs)["input_ids"].numel()
     assert (fill, fewer) == (f"{unshared / cells:.1%}", f"{unshared / cells:.2f}×")
-    assert f"{cells / sum(b.num_tokens for b in pack_pairs(pairs, budget)):.1f}× fewer" in output
+    assert "steps of 128 pairs" in output
+    # 21 pairs are one step
+    assert row(output, "steps, shuffled") == row(output, "steps, by problem") == row(output, "tree")
+    packed = {share: sum(b.num_tokens for b in pack_pairs(pairs, budget, share=share)) for share in SHARE_MODES}
+    for other, words in (
+        (cells, "padded batches of 8 pairs"),
+        (packed["none"], "no padding"),
+        (packed["pair"], "sharing within pairs"),
+    ):
+        assert f"{other / packed['tree']:.1f}× fewer than with {words}" in " ".join(output.split())
+    assert "grouped" not in output
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_the_steps_of_an_epoch_take(
+    capsys: pytest.CaptureFixture[str], tiny_tokenizer: Callable[..., Any]
+) -> None:
+    assert run("inspect", "pairs.jsonl", "--tokenizer", "tokenizer", "--pairs-per-step", "7") == 0
+    output = " ".join(capsys.readouterr().out.split())
+    pairs = load(tiny_tokenizer("qwen2"))
+    tokens = {}
+    for sampling in ("shuffle", "grouped"):
+        order = epoch_order(pairs, 0, sampling, pairs_per_step=7)
+        batches = [b for at in (0, 7, 14) for b in pack_pairs([pairs[i] for i in order[at : at + 7]], 8192)]
+        assert len(batches) == 3
+        tokens[sampling] = sum(batch.num_tokens for batch in batches)
+    assert f"in shuffled steps of 7 pairs, an epoch encodes {tokens['shuffle']:,} tokens in 3 batches" in output
+    assert f"problem by problem, {tokens['grouped']:,} in 3: {tokens['shuffle'] / tokens['grouped']:.1f}×" in output
+    # the three problems are the three steps
+    assert tokens["grouped"] < tokens["shuffle"] / 1.5
 
 
 def test_padded_batches_are_counted_as_they_would_be_built() -> None:
@@ -425,6 +454,7 @@ def test_train_gets_its_arguments_as_they_are(monkeypatch: pytest.MonkeyPatch) -
 def test_inspect_and_train_have_the_same_defaults() -> None:
     from stepdpo_kernels import StepDPOConfig
     from stepdpo_kernels.cli.train import DataAndModel
+    from stepdpo_kernels.trainer.config import PAIRS_PER_STEP
 
     of_train = {
         field.name: field.default for kind in (DataAndModel, StepDPOConfig) for field in dataclasses.fields(kind)
@@ -433,3 +463,4 @@ def test_inspect_and_train_have_the_same_defaults() -> None:
     for name in ("template", "boundary", "max_length", "limit", "share"):
         assert of_inspect[name] == of_train[name]
     assert of_inspect["max_tokens"] == of_train["max_tokens_per_batch"]
+    assert of_inspect["pairs_per_step"] == PAIRS_PER_STEP

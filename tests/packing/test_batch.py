@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepdpo_kernels.loss import StepDPOLoss
+from stepdpo_kernels.ops.ragged import sum_rows
 from stepdpo_kernels.packing import SHARE_MODES, build_batch
 from stepdpo_kernels.packing.reference import unpack
 from stepdpo_kernels.types import PackedBatch, Ragged, StepPair
@@ -182,6 +184,44 @@ def test_a_rejected_step_of_two_pairs_is_summed_once() -> None:
     # the same tokens after another prefix are another branch
     other = build_batch([pairs[0], make_pair([1, 3], [5, 6], [7, 8, 9])], [0, 1], "tree")
     assert other.rejected[0] != other.rejected[1]
+
+
+def test_first_tokens_that_both_steps_have_are_evaluated_once() -> None:
+    """Their loss rows are on both branches, so in a margin their log-probs cancel."""
+    pair = make_pair([1, 2], [7, 8, 3, 4], [7, 8, 5])
+    batch = build_batch([pair], [0], "tree")
+    assert batch.input_ids.tolist() == [1, 2, 7, 8, 3]
+    assert batch.rows.index.tolist() == [1, 2, 3, 3, 4]
+    assert batch.targets.tolist() == [7, 8, 3, 5, 4]
+    assert batch.branches.index.tolist() == [0, 1, 2, 4, 0, 1, 3]
+    logps = torch.randn(5, dtype=torch.float64)
+    changed = logps + torch.tensor([1.0, -2.0, 0, 0, 0])
+
+    def margin(of_rows: torch.Tensor) -> torch.Tensor:
+        sums = sum_rows(of_rows, batch.branches)
+        return sums[batch.chosen] - sums[batch.rejected]
+
+    torch.testing.assert_close(margin(changed), margin(logps))
+
+
+@pytest.mark.parametrize("share", SHARE_MODES)
+def test_a_batch_of_nothing(share: str) -> None:
+    batch = build_batch(forest_pairs(), [], share)
+    assert (batch.num_tokens, batch.num_pairs, batch.num_rows, batch.plan.num_leaves) == (0, 0, 0, 0)
+    assert (batch.plan.max_q, batch.plan.max_k, batch.tokens_unshared, batch.pair_ids) == (0, 0, 0, ())
+    assert batch.plan.cu_q.tolist() == batch.plan.cu_k.tolist() == [0]
+    assert all(t.numel() == 0 for t in _tensors(batch) if t.dtype == torch.int64 or t.dtype == torch.float32)
+    assert [t.dtype for t in _tensors(batch)] == [t.dtype for t in _tensors(build_batch(forest_pairs(), [0], share))]
+    assert unpack(batch) == []
+    # its loss is zero, and every parameter's gradient is there
+    embedding, weight = torch.randn(9, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    for loss_fn in (StepDPOLoss(), StepDPOLoss(loss_type="simpo"), StepDPOLoss(rpo_alpha=0.5)):
+        refs = None if loss_fn.reference_free else torch.empty(0)
+        out = loss_fn.packed(embedding[batch.input_ids], weight, batch, refs, num_pairs=3)
+        assert out.loss.item() == 0
+        assert out.margins.shape == (0,)
+        for gradient in torch.autograd.grad(out.loss, [embedding, weight]):
+            assert not gradient.any()
 
 
 def test_the_same_step_in_two_trees_is_two_branches() -> None:

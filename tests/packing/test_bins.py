@@ -1,11 +1,12 @@
-"""Best-fit decreasing against its definition, spelt out."""
+"""Best-fit decreasing against its definition, spelt out, and the spreading of bins over processes."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepdpo_kernels.packing.bins import best_fit
+from stepdpo_kernels.packing.bins import best_fit, spread
 
 _settings = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -51,3 +52,45 @@ def test_a_perfect_fit_is_found() -> None:
 
 def test_nothing_gives_no_bins() -> None:
     assert best_fit([], 10) == []
+
+
+@_settings
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9)), max_size=14), st.integers(9, 20))
+def test_a_second_capacity_holds_too(items: list[tuple[int, int]], max_keys: int) -> None:
+    sizes, keys = [size for size, _ in items], [key for _, key in items]
+    bins = best_fit(sizes, 12, keys, max_keys)
+    assert sorted(i for numbers in bins for i in numbers) == list(range(len(items)))
+    for numbers in bins:
+        assert sum(sizes[i] for i in numbers) <= 12
+        assert sum(keys[i] for i in numbers) <= max_keys
+    # without it, or where it does not bind, nothing changes
+    assert best_fit(sizes, 12, keys) == best_fit(sizes, 12) == best_fit(sizes, 12, keys, sum(keys))
+
+
+def test_keys_send_an_item_to_a_bin_with_more_room() -> None:
+    assert best_fit([8, 5, 2], 10, [9, 1, 5], 10) == [[0], [1, 2]]
+    assert best_fit([8, 5, 2], 10, [5, 1, 5], 10) == [[0, 2], [1]]
+
+
+@_settings
+@given(st.lists(st.integers(0, 50), max_size=20), st.integers(1, 5))
+def test_bins_are_spread_evenly(sizes: list[int], ranks: int) -> None:
+    shares = spread(sizes, ranks)
+    assert len(shares) == ranks
+    assert sorted(i for share in shares for i in share) == list(range(len(sizes)))
+    counts = [len(share) for share in shares]
+    assert max(counts) - min(counts) <= 1
+    # the largest takes at most one largest bin more than the smallest
+    totals = [sum(sizes[i] for i in share) for share in shares]
+    assert max(totals) - min(totals) <= max(sizes, default=0)
+    assert shares == spread(list(sizes), ranks)
+    # bins of one round are neighbours in size
+    for earlier, later in zip(range(max(counts)), range(1, max(counts)), strict=False):
+        assert min(sizes[s[earlier]] for s in shares) >= max(sizes[s[later]] for s in shares if len(s) > later)
+
+
+def test_processes_without_a_bin() -> None:
+    assert spread([5, 9], 3) == [[1], [0], []]
+    assert spread([], 2) == [[], []]
+    with pytest.raises(ValueError, match="ranks must be at least 1, got 0"):
+        spread([1], 0)
