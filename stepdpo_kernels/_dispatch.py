@@ -28,7 +28,10 @@ logger = logging.getLogger("stepdpo_kernels")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 # Order of preference for "auto", over all operations.
-PREFERENCE = ("triton", "triton_chunked", "triton_fused", "varlen", "cpu", "chunked", "torch", "reference")
+PREFERENCE = (
+    *("triton", "triton_chunked", "triton_fused", "flash", "varlen", "flex"),
+    *("cpu", "chunked", "torch", "reference"),
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Implementation:
     run: Callable[..., Any]
     why_not: Callable[[dict[str, Any]], list[str]]
     why_not_auto: Callable[[dict[str, Any]], list[str]]
+    self_test: Callable[[dict[str, Any]], list[str]]
 
 
 class Kind(NamedTuple):
@@ -53,6 +57,7 @@ class Kind(NamedTuple):
 _HOMES = {
     "linear_logprob": "stepdpo_kernels.ops.linear_logprob.api",
     "pair_loss": "stepdpo_kernels.ops.pair_loss.api",
+    "segment_sum": "stepdpo_kernels.ops.ragged",
     "tree_attention": "stepdpo_kernels.ops.tree_attention.api",
 }
 _implementations: dict[str, dict[str, Implementation]] = {}
@@ -100,11 +105,18 @@ def register(
     run: Callable[..., Any],
     why_not: Callable[[dict[str, Any]], list[str]],
     why_not_auto: Callable[[dict[str, Any]], list[str]] = no_reason,
+    self_test: Callable[[dict[str, Any]], list[str]] = no_reason,
 ) -> None:
-    """Adds an implementation of `op`; `why_not_auto` gives reasons that do not count when it is asked for by name."""
+    """Adds an implementation of `op`.
+
+    why_not_auto:  reasons that do not count when it is asked for by name
+    self_test:     what is wrong with it on this device, asked last, once nothing else speaks against it
+    """
     if name not in PREFERENCE:
         raise ValueError(f"implementation {name!r} of {op} is not one of {', '.join(PREFERENCE)}")
-    _implementations.setdefault(op, {})[name] = Implementation(op, name, run, why_not, why_not_auto)
+    _implementations.setdefault(op, {})[name] = Implementation(
+        op, name, run, why_not, why_not_auto, self_test
+    )
 
 
 def implementations(op: str) -> list[str]:
@@ -183,13 +195,14 @@ def choose(op: str, impl: str, inputs: dict[str, Any]) -> Implementation:
     name = impl if impl != "auto" else _requested(op)
     if name != "auto":
         _check_known(op, name)
-        reasons = candidates[name].why_not(inputs)
+        reasons = candidates[name].why_not(inputs) or candidates[name].self_test(inputs)
         if reasons:
             raise ValueError(f"implementation {name!r} of {op} cannot take these inputs: {'; '.join(reasons)}")
         return candidates[name]
     refusals: list[str] = []
     for name in implementations(op):
-        reasons = candidates[name].why_not(inputs) or candidates[name].why_not_auto(inputs)
+        one = candidates[name]
+        reasons = one.why_not(inputs) or one.why_not_auto(inputs) or one.self_test(inputs)
         if not reasons:
             _log_choice(op, name, "; ".join(refusals))
             return candidates[name]

@@ -1,9 +1,14 @@
-"""The families of models that are supported: one list, from which tests and the README's table are made."""
+"""The families of models that are supported: one list, from which tests and the README's table are made.
+
+`python -m tests.families` prints the table.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 
@@ -195,3 +200,47 @@ def tiny_model(
                 else:  # norms around 1, biases around 0
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.to(dtype).eval()
+
+
+def attention_inputs(kind: str) -> list[dict[str, Any]]:
+    """What tree attention is given by each layer of a family's model, in bfloat16."""
+    from stepdpo_kernels.model import attention, packed_forward
+    from stepdpo_kernels.packing import build_batch
+    from tests.forests import nested_pairs
+
+    seen = []
+    tree_attention: Any = vars(attention)["tree_attention"]
+
+    def watched(query: Any, key: Any, value: Any, plan: Any, *, scale: float, **options: Any) -> Any:
+        seen.append({"query": query, "key": key, "value": value, "plan": plan, **options})
+        return tree_attention(query, key, value, plan, scale=scale, **options)
+
+    model = tiny_model(kind, dtype=torch.bfloat16, **FAMILIES[kind].config)
+    with torch.no_grad(), patch.object(attention, "tree_attention", watched):
+        packed_forward(model, build_batch(nested_pairs(), [0], "tree"))
+    return seen
+
+
+def varlen_takes(kind: str) -> bool:
+    """Whether PyTorch's variable-length attention would take all layers of a family on a GPU."""
+    from stepdpo_kernels.ops.tree_attention import varlen
+
+    def on_a_gpu(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return SimpleNamespace(device=torch.device("cuda"), dtype=x.dtype, shape=x.shape)
+
+    return not any(varlen.why_not({k: on_a_gpu(x) for k, x in layer.items()}) for layer in attention_inputs(kind))
+
+
+def table() -> str:
+    """The README's table of families."""
+    lines = ["| `model_type` | for example | what packing has to get right | `varlen` |", "|---|---|---|---|"]
+    for kind, family in FAMILIES.items():
+        takes = "yes" if varlen_takes(kind) else "no"
+        lines.append(f"| `{kind}` | {family.models} | {family.special} | {takes} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -38,7 +38,8 @@ def _name(op: str, impl: str = "auto", **inputs: Any) -> str:
 
 def test_implementations_stand_in_order_of_preference() -> None:
     assert implementations("head") == ["triton", "cpu", "chunked"]
-    assert PREFERENCE == ("triton", "triton_chunked", "triton_fused", "varlen", "cpu", "chunked", "torch", "reference")
+    kernels = ["triton", "triton_chunked", "triton_fused", "flash", "varlen", "flex"]
+    assert list(PREFERENCE) == [*kernels, "cpu", "chunked", "torch", "reference"]
 
 
 def test_auto_takes_the_first_that_can() -> None:
@@ -63,6 +64,26 @@ def test_when_nobody_can_all_reasons_are_given() -> None:
     register("head", "chunked", lambda: None, lambda inputs: ["out of chunks"])
     with pytest.raises(ValueError, match="not triton: no GPU, no Triton; not cpu: it is Tuesday; not chunked: out of"):
         choose("head", "auto", {"large": True})
+
+
+def test_a_self_test_is_asked_last() -> None:
+    asked = []
+
+    def self_test(inputs: dict[str, Any]) -> list[str]:
+        asked.append(inputs)
+        return ["it is broken"] if inputs.get("broken") else []
+
+    def why_not_auto(inputs: dict[str, Any]) -> list[str]:
+        return ["it is slow"] if inputs.get("slow") else []
+
+    register("mixer", "triton", lambda: None, lambda inputs: [], why_not_auto, self_test)
+    assert _name("mixer", slow=True) == "cpu"
+    assert not asked
+    assert _name("mixer") == _name("mixer", "triton", slow=True) == "triton"
+    assert _name("mixer", broken=True) == "cpu"
+    with pytest.raises(ValueError, match="'triton' of mixer cannot take these inputs: it is broken"):
+        choose("mixer", "triton", {"broken": True})
+    assert len(asked) == 4
 
 
 def test_unknown_names() -> None:

@@ -1,8 +1,8 @@
 """Sums over ragged lists of rows, deterministic forward and backward.
 
 `index_select` and `index_add` accumulate gradients of repeated rows with atomics on CUDA, in arrival order, and in
-the input's own dtype. Both directions here are one gather and one ordered float32 sum per segment, because a `Ragged`
-carries its transpose.
+the input's own dtype. Both directions here are one ordered float32 sum per segment, because a `Ragged` carries its
+transpose.
 """
 
 from __future__ import annotations
@@ -13,39 +13,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdpo_kernels import _dispatch
 from stepdpo_kernels.types import Ragged
 
 
-def _segment_sum(x: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
-    """(rows, ...): row r is the sum of the next lengths[r] entries of x[index], 0 for none; at least float32."""
+def segment_sum(x: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
+    """Row r is the sum of the next lengths[r] rows of x[index], 0 for none: x (columns, ...) -> (rows, ...).
+
+    Summed in at least float32, in an order that depends on nothing but the shape, and rounded once to the dtype of x;
+    index (N,) and lengths (rows,) are int64. No autograd.
+    """
+    run = _dispatch.choose("segment_sum", "auto", {"x": x}).run
+    total: Tensor = run(x, index, lengths)
+    return total
+
+
+def _torch(x: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
     data = x.index_select(0, index).to(torch.promote_types(x.dtype, torch.float32))
     flat = data.reshape(data.shape[0], math.prod(x.shape[1:]))  # segment_reduce wants (N, C)
     total = torch.segment_reduce(flat, "sum", lengths=lengths, axis=0, initial=0, unsafe=True)
-    return total.reshape(lengths.shape[0], *x.shape[1:])
+    return total.reshape(lengths.shape[0], *x.shape[1:]).to(x.dtype)
+
+
+def _triton(x: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
+    from stepdpo_kernels.ops import ragged_triton
+
+    return ragged_triton.segment_sum(x, index, lengths)
+
+
+_dispatch.register(
+    "segment_sum",
+    "triton",
+    _triton,
+    _dispatch.triton_why_not("x", "stepdpo_kernels.ops.ragged_triton"),
+    _dispatch.triton_why_not_auto("x"),
+)
+_dispatch.register("segment_sum", "torch", _torch, _dispatch.no_reason)
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ragged: Ragged) -> Tensor:
-        ctx.ragged, ctx.dtype = ragged, x.dtype
-        return _segment_sum(x, ragged.index, ragged.lengths).to(x.dtype)
+        ctx.ragged = ragged
+        return segment_sum(x, ragged.index, ragged.lengths)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _segment_sum(grad, ctx.ragged.t_index, ctx.ragged.t_lengths).to(ctx.dtype), None
+        return segment_sum(grad, ctx.ragged.t_index, ctx.ragged.t_lengths), None
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ragged: Ragged) -> Tensor:
-        ctx.ragged, ctx.dtype = ragged, x.dtype
+        ctx.ragged = ragged
         return x.index_select(0, ragged.index)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _segment_sum(grad, ctx.ragged.t_index, ctx.ragged.t_lengths).to(ctx.dtype), None
+        return segment_sum(grad, ctx.ragged.t_index, ctx.ragged.t_lengths), None
 
 
 def sum_rows(x: Tensor, ragged: Ragged) -> Tensor:

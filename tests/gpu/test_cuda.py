@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -13,9 +14,10 @@ from stepdpo_kernels import use_impl
 from stepdpo_kernels.loss import StepDPOLoss
 from stepdpo_kernels.model import packed_forward
 from stepdpo_kernels.ops.linear_logprob import linear_logprob
+from stepdpo_kernels.ops.ragged import segment_sum
 from stepdpo_kernels.ops.tree_attention import tree_attention
 from stepdpo_kernels.packing import build_batch
-from tests.forests import forest_pairs
+from tests.forests import forest_pairs, make_pair
 from tests.numerics import assert_as_good_as_eager, eager_logprob
 
 pytestmark = pytest.mark.gpu
@@ -175,3 +177,94 @@ def test_a_target_outside_the_vocabulary_stops_the_device() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode
     assert "outside the vocabulary" in done.stderr
+
+
+def _attention_results(
+    impl: str, dtype: torch.dtype, sizes: tuple[int, int], sinks: bool, **options: Any
+) -> dict[str, list[torch.Tensor]]:
+    pairs = forest_pairs()
+    plan = build_batch(pairs, range(len(pairs)), "tree").plan.to("cuda")
+    results = {}
+    for name, by, of in (("ours", impl, dtype), ("eager", "reference", dtype), ("oracle", "reference", torch.float64)):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(plan.num_tokens, h, s) for h, s in ((8, sizes[0]), (2, sizes[0]), (2, sizes[1]), (8, sizes[1]))]
+        tensors = [torch.randn(*s, generator=generator).to(dtype).to("cuda", of) for s in [*shapes, (8,)]]
+        *inputs, upstream, sink = tensors
+        inputs = [x.requires_grad_() for x in ([*inputs, sink] if sinks else inputs)]
+        sink_option = {"sinks": inputs[3]} if sinks else {}
+        output = tree_attention(*inputs[:3], plan, scale=sizes[0] ** -0.5, impl=by, **options, **sink_option)
+        results[name] = [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
+    return results
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("sizes", [(64, 64), (192, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("impl", ["triton", "flash", "varlen", "flex"])
+def test_attention_backends_are_as_good_as_eager(
+    impl: str, dtype: torch.dtype, sizes: tuple[int, int], options: dict[str, Any], sinks: bool
+) -> None:
+    try:
+        results = _attention_results(impl, dtype, sizes, sinks, **options)
+    except ValueError as refusal:
+        if "self-test" in str(refusal):
+            raise
+        pytest.skip(str(refusal))
+    for what, *of_all in zip(("output", "dQ", "dK", "dV", "d sinks"), *results.values(), strict=False):
+        assert_as_good_as_eager(what, *of_all, dtype)
+
+
+@pytest.mark.parametrize("impl", ["triton", "flash", "varlen"])
+def test_attention_backends_give_the_same_bits(impl: str) -> None:
+    try:
+        first = _attention_results(impl, torch.bfloat16, (64, 64), True)["ours"]
+    except ValueError as refusal:
+        pytest.skip(str(refusal))
+    for _ in range(3):
+        again = _attention_results(impl, torch.bfloat16, (64, 64), True)["ours"]
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(), (3, 7), (8, 128)], ids=str)
+def test_segment_sums(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    lengths = torch.tensor([1, 0, 3000, 7, 2], device="cuda")
+    index = torch.randint(500, (int(lengths.sum()),), device="cuda")
+    x = torch.randn(500, *shape, device="cuda").to(dtype)
+    owner = torch.arange(5, device="cuda").repeat_interleave(lengths)
+    exact = torch.zeros(5, *shape, dtype=torch.float64, device="cuda").index_add_(0, owner, x.double()[index])
+    sums = {}
+    for impl in ("triton", "torch"):
+        with use_impl(segment_sum=impl):
+            sums[impl] = segment_sum(x, index, lengths)
+            assert torch.equal(segment_sum(x, index, lengths), sums[impl])
+        error = (sums[impl].double() - exact).abs().max()
+        assert error <= (torch.finfo(dtype).eps + 3000 * torch.finfo(torch.float32).eps) * exact.abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 100, "softcap": 20.0}], ids=["plain", "all"])
+@pytest.mark.parametrize("size", [16, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_triton_attention_over_many_tiles(dtype: torch.dtype, size: int, options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    prompt, steps = (rng.integers(3, 512, n).tolist() for n in (700, 600))
+    cuts = [(at, rng.integers(3, 512, (2, 90)).tolist()) for at in range(0, 600, 60)]
+    pairs = [make_pair([*prompt, *steps[:at]], [*steps[at:], 1], wrong) for at, (wrong, _) in cuts]
+    pairs += [make_pair([*prompt, *steps[:at]], right, [2]) for at, (_, right) in cuts]
+    plan = build_batch(pairs, range(len(pairs)), "tree").plan.to("cuda")
+    assert plan.num_tokens > 3000
+    sinks = bool(options)
+    results = []
+    for impl, of in (("triton", dtype), ("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [*((plan.num_tokens, heads, size) for heads in (7, 1, 1)), (7,), (plan.num_tokens, 7, size)]
+        *inputs, upstream = (torch.randn(*s, generator=generator).to(dtype).to("cuda", of) for s in shapes)
+        inputs = [x.requires_grad_() for x in inputs[: 4 if sinks else 3]]
+        more = {**options, "sinks": inputs[3]} if sinks else options
+        output = tree_attention(*inputs[:3], plan, scale=size**-0.5, impl=impl, **more)
+        results.append([output.detach(), *torch.autograd.grad(output, inputs, upstream)])
+    ours, again, eager, oracle = results
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    for what, *of_all in zip(("output", "dQ", "dK", "dV", "d sinks"), ours, eager, oracle, strict=False):
+        assert_as_good_as_eager(what, *of_all, dtype)

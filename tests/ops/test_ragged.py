@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stepdpo_kernels.ops.ragged import gather_rows, sum_rows
+from stepdpo_kernels import _dispatch, use_impl
+from stepdpo_kernels.ops import ragged
+from stepdpo_kernels.ops.ragged import gather_rows, segment_sum, sum_rows
 from stepdpo_kernels.types import Ragged
 
 _COLUMNS = 5
-_settings = settings(max_examples=60, deadline=None, derandomize=True)
+_settings = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 _rows = st.lists(st.lists(st.integers(0, _COLUMNS - 1), max_size=4), max_size=6)
 _widths = st.sampled_from([(), (3,), (2, 3), (0,)])
+
+
+@pytest.fixture(autouse=True, params=["torch", "triton"])
+def _impl(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        if not import_module("stepdpo_kernels.ops.ragged_triton").INTERPRETED:
+            pytest.skip("for Triton's interpreter")
+    with use_impl(segment_sum=request.param):
+        yield
 
 
 def _ragged(rows: list[list[int]], columns: int = _COLUMNS) -> Ragged:
@@ -113,3 +133,30 @@ def test_no_rows_and_no_columns() -> None:
 def test_what_needs_no_gradient_gets_none() -> None:
     assert not sum_rows(torch.ones(_COLUMNS), _ragged([[1]])).requires_grad
     assert not gather_rows(torch.ones(_COLUMNS), _ragged([[1]])).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 7), (16,), (5, 130), (2, 512)], ids=str)
+def test_long_and_empty_segments_of_any_width(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 50, n).tolist() for n in (1, 0, 3, 9, 0, 300, 2)]
+    lists = _ragged(rows, columns=50)
+    x = torch.randn(50, *shape, dtype=torch.float64).to(dtype)
+    exact = torch.tensordot(_matrix(rows, 50), x.double(), 1)
+    total = segment_sum(x, lists.index, lists.lengths)
+    assert total.dtype == dtype
+    assert total.shape == exact.shape
+    eps = torch.finfo(dtype).eps
+    # a rounding at the end, to which the interpreter gives twice its error, and of 300 float32 (float64) sums
+    bound = eps * exact.abs().max() + 300 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * 60
+    assert (total.double() - exact).abs().max() <= bound
+    assert torch.equal(total[[1, 4]], torch.zeros_like(total[[1, 4]]))
+
+
+def test_who_sums() -> None:
+    x = torch.ones(2, 3)
+    assert _dispatch.implementations("segment_sum") == ["triton", "torch"]
+    with use_impl(segment_sum="auto"):
+        assert _dispatch.choose("segment_sum", "auto", {"x": x}).run is ragged._torch
+    reasons = _dispatch._implementations["segment_sum"]["triton"].why_not({"x": x.long()})
+    assert reasons[-1] == "it takes float64, float32, bfloat16 and float16, and x is torch.int64"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 from typing import Any
@@ -13,10 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional as F
 
 from stepdpo_kernels import _dispatch
-from stepdpo_kernels.ops.tree_attention import cpu, tree_attention, varlen
+from stepdpo_kernels.ops.tree_attention import cpu, tree_attention
 from stepdpo_kernels.ops.tree_attention.reference import dense_mask
 from stepdpo_kernels.packing import build_batch
 from stepdpo_kernels.types import Ragged, StepPair, TreePlan
@@ -327,88 +325,6 @@ def test_sinks_of_another_dtype() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * theirs.abs().max().item())
 
 
-# The varlen adapter, with torch's kernel replaced by its documented semantics.
-
-
-def _emulated_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
-) -> Tensor:
-    """torch.nn.attention.varlen.varlen_attn: sequences by cumulative lengths, the last query aligned with the last key.
-
-    Query i of a sequence with q queries and k keys sees key j if i + k - q - left <= j <= i + k - q + right; -1 is no
-    bound. As in FlashAttention 2, to which torch hands it.
-    """
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert cu_seq_q[0] == cu_seq_k[0] == 0
-    assert cu_seq_q[-1].item() == query.shape[0]
-    assert cu_seq_k[-1].item() == key.shape[0]
-    assert key.shape[0] == value.shape[0]
-    assert max_q == cu_seq_q.diff().max().item()
-    assert max_k == cu_seq_k.diff().max().item()
-    assert query.shape[1] == key.shape[1] or enable_gqa
-    assert all(x.stride(-1) == 1 for x in (query, key, value))
-    left, right = (math.inf if w == -1 else w for w in window_size)
-    outputs = []
-    for n in range(cu_seq_q.numel() - 1):
-        q = query[cu_seq_q[n] : cu_seq_q[n + 1]].transpose(0, 1)[None]
-        k, v = (x[cu_seq_k[n] : cu_seq_k[n + 1]].transpose(0, 1)[None] for x in (key, value))
-        diagonal = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
-        j = torch.arange(k.shape[2])
-        sees = (j >= diagonal - left) & (j <= diagonal + right)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale, enable_gqa=enable_gqa)
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)
-
-
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_varlen_adapter(
-    monkeypatch: pytest.MonkeyPatch, plan: TreePlan, heads: tuple[int, int], window: int | None
-) -> None:
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", _emulated_varlen)
-    qkv = _qkv(plan, heads)
-    # heads before tokens in memory, as transformers has them
-    qkv = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in qkv]
-    upstream = torch.randn_like(qkv[0])
-    ours = value_and_gradients(
-        lambda q, k, v: varlen.tree_attention(q, k, v, plan, scale=0.3, sliding_window=window), qkv, upstream
-    )
-    oracle = value_and_gradients(lambda q, k, v: _branch_by_branch(q, k, v, plan, 0.3, window), qkv, upstream)
-    for a, b in zip(ours, oracle, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-
-
-def test_varlen_sums_shared_keys_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", _emulated_varlen)
-    plan = _star(400, root=1, tail=1)
-    qkv = [torch.zeros(plan.num_tokens, 1, 8, dtype=torch.bfloat16) for _ in range(3)]
-    upstream = torch.full_like(qkv[0], 0.3)
-    ours = value_and_gradients(lambda q, k, v: varlen.tree_attention(q, k, v, plan, scale=1.0), qkv, upstream)
-    expected = (1 + 400 / 2) * upstream[0, 0, 0].double()
-    torch.testing.assert_close(ours[3][0].double(), expected.expand(1, 8), rtol=2**-8, atol=0)
-
-
-def test_varlen_says_every_reason() -> None:
-    plan = PLANS["one leaf"]
-    query, value = torch.ones(plan.num_tokens, 2, 300), torch.ones(plan.num_tokens, 2, 8)
-    with pytest.raises(ValueError, match=r"on CUDA, not on cpu; it takes float16 and bfloat16, not torch\.float32;"):
-        tree_attention(query, query, value, plan, scale=1.0, impl="varlen")
-    reasons = varlen.why_not({"query": query, "value": value})
-    assert len(reasons) == 4
-    assert reasons[2:] == ["heads of queries (300) and values (8) differ in size", "heads of at most 256, not 300"]
-
-
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_values_of_another_size(impl: str) -> None:
     plan = PLANS["forest"]
@@ -445,7 +361,7 @@ def test_auto_takes_the_cpu_path_on_the_cpu() -> None:
         ([(4, 4, 8), (4, 2, 8), (4, 4, 8)], {}, "heads do not fit"),
         ([(1, 4, 4, 8), (4, 2, 8), (4, 2, 8)], {}, r"must be \(T, heads, d\), got 4, 3, 3 dims"),
         ([(4, 4, 8), (4, 2, 8), (4, 2, 8)], {"sliding_window": 0}, "sliding_window must be at least 1, got 0"),
-        ([(4, 4, 8), (4, 2, 8), (4, 2, 8)], {"impl": "flash"}, "no implementation 'flash' of operation"),
+        ([(4, 4, 8), (4, 2, 8), (4, 2, 8)], {"impl": "chunked"}, "no implementation 'chunked' of operation"),
     ],
 )
 def test_bad_input(shapes: list[tuple[int, ...]], options: dict[str, Any], message: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepdpo_kernels import _dispatch
-from stepdpo_kernels.ops.tree_attention import cpu, reference, varlen
+from stepdpo_kernels.ops.tree_attention import cpu, flash, flex, reference, selftest, varlen
 from stepdpo_kernels.types import TreePlan
 
 
@@ -69,17 +69,18 @@ def _triton(*args: Any, **options: Any) -> Tensor:
 
 
 def _triton_why_not_auto(inputs: dict[str, Any]) -> list[str]:
-    unmeasured = [] if varlen.why_not(inputs) else ["varlen takes these inputs, and which is faster is not measured"]
+    others = [name for name, why_not in (("flash", flash.why_not), ("varlen", varlen.why_not)) if not why_not(inputs)]
+    unmeasured = [f"{name} takes these inputs, and which is faster is not measured" for name in others[:1]]
     return _dispatch.triton_why_not_auto("query")(inputs) + unmeasured
 
 
-_dispatch.register(
-    "tree_attention",
-    "triton",
-    _triton,
-    _dispatch.triton_why_not("query", "stepdpo_kernels.ops.tree_attention.triton_kernel"),
-    _triton_why_not_auto,
-)
-_dispatch.register("tree_attention", "varlen", varlen.tree_attention, varlen.why_not)
+_triton_why_not = _dispatch.triton_why_not("query", "stepdpo_kernels.ops.tree_attention.triton_kernel")
+for _name, _run, _why_not, _why_not_auto in (
+    ("triton", _triton, _triton_why_not, _triton_why_not_auto),
+    ("flash", flash.tree_attention, flash.why_not, _dispatch.no_reason),
+    ("varlen", varlen.tree_attention, varlen.why_not, _dispatch.no_reason),
+    ("flex", flex.tree_attention, flex.why_not, flex.why_not_auto),
+):
+    _dispatch.register("tree_attention", _name, _run, _why_not, _why_not_auto, selftest.of(_name, _run))
 _dispatch.register("tree_attention", "cpu", cpu.tree_attention, cpu.why_not)
-_dispatch.register("tree_attention", "reference", reference.tree_attention, lambda inputs: [])
+_dispatch.register("tree_attention", "reference", reference.tree_attention, _dispatch.no_reason)

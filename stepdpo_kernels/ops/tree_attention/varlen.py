@@ -1,34 +1,61 @@
-"""Tree attention on CUDA: keys and values gathered along every leaf's path, then one variable-length call.
+"""Tree attention on CUDA by the FlashAttention that torch carries: the kernel under torch.nn.attention.varlen.
 
-`torch.nn.attention.varlen.varlen_attn` (FlashAttention 2) aligns the last query with the last key (bottom-right), which
-is what a leaf needs. The gradient of the gather is an ordered float32 sum (`ops.ragged`).
+That module gives no gradient through the logsumexp and keeps the gathered keys; so its two operations are called here.
+Whichever FlashAttention torch.nn.attention.activate_flash_attention_impl has put in their place is the one that runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import varlen
 
-from stepdpo_kernels.ops.ragged import gather_rows
+from stepdpo_kernels.ops.tree_attention import leaf_paths
+from stepdpo_kernels.ops.tree_attention.leaf_paths import Call, Kernel
 from stepdpo_kernels.types import TreePlan
 
 
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """torch's FlashAttention sums dQ in order where torch is told to be deterministic, and only there."""
+    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("error")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]  # a property of the module
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
+
+
+def _arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    plan, (left, right) = call.plan, call.window
+    sequences = (plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, 0.0, left == -1)  # no dropout; causal
+    return sequences, {"scale": call.scale, "window_size_left": left, "window_size_right": right}
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    sequences, options = _arguments(call)
+    out, lse, *random, _ = torch.ops.aten._flash_attention_forward(q, k, v, *sequences, False, **options)
+    return out, lse, random
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, random: Sequence[Tensor], call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    sequences, options = _arguments(call)
+    with _deterministic():
+        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+            grad, q, k, v, out, lse, *sequences, *random, **options
+        )
+    return gradients
+
+
 def why_not(inputs: dict[str, Any]) -> list[str]:
-    query, value = inputs["query"], inputs["value"]
-    reasons = []
-    if query.device.type != "cuda":
-        reasons.append(f"it runs on CUDA, not on {query.device.type}")
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"it takes float16 and bfloat16, not {query.dtype}")
-    if query.shape[2] != value.shape[2]:
-        reasons.append(f"heads of queries ({query.shape[2]}) and values ({value.shape[2]}) differ in size")
-    if query.shape[2] > 256:
-        reasons.append(f"heads of at most 256, not {query.shape[2]}")
-    reasons += [f"it has no {name}" for name in ("softcap", "sinks") if inputs.get(name) is not None]
-    return reasons
+    return leaf_paths.why_not(inputs) + (["it has no softcap"] if inputs.get("softcap") is not None else [])
 
 
 def tree_attention(
@@ -40,18 +67,7 @@ def tree_attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: None = None,
-    sinks: None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    output: Tensor = varlen.varlen_attn(  # type: ignore[assignment]  # a tuple only with return_aux
-        query.contiguous(),
-        gather_rows(key, plan.keys),  # (K, G, d)
-        gather_rows(value, plan.keys),
-        plan.cu_q,
-        plan.cu_k,
-        plan.max_q,
-        plan.max_k,
-        scale=scale,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output
+    call = Call(plan, scale, sliding_window, softcap)
+    return leaf_paths.attend(query, key, value, sinks, call, Kernel(_forward, _backward))
