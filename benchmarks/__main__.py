@@ -1,4 +1,4 @@
-"""`python -m benchmarks run --suite head|step ...`: measure, print a table, keep the rows."""
+"""`python -m benchmarks run --suite step|forest|head ...`: measure, print a table, keep the rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 SUITES = {
     "step": "training steps, ours beside TRL's",
+    "forest": "forward and backward with prefixes shared by tree, by pair, and not at all",
     "head": "log-probs and preference loss from hidden states, ours beside the peers",
 }
 
