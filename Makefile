@@ -36,7 +36,8 @@ KERNELS_PATH = $(if $(TRITON),PYTHONPATH=.cache/triton-$(TRITON))
 kernels: $(ENV)
 	$(if $(TRITON),$(PIP) install --quiet --no-deps --target .cache/triton-$(TRITON) triton==$(TRITON) 'numpy<2.4')
 	$(KERNELS_PATH) $(PY) -m tests.compiled_kernels
-	$(KERNELS_PATH) TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_triton_head.py tests/ops/test_pair_loss.py
+	$(KERNELS_PATH) TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_triton_head.py tests/ops/test_triton_attention.py \
+		tests/ops/test_pair_loss.py tests/ops/test_ragged.py
 
 lint: $(ENV)
 	$(PY) -m ruff check
