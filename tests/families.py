@@ -33,6 +33,13 @@ class Family:
     config_class: str = ""
 
 
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.2, 1.5, 2.0],
+    "long_factor": [2.0, 3.0, 4.0, 6.0],
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -91,7 +98,12 @@ FAMILIES: dict[str, Family] = {
         {**ALTERNATING, "head_dim": 16, "query_pre_attn_scalar": 24},
         config_class="Gemma3TextConfig",
     ),
-    "phi3": Family("Phi3", "Phi-3, Phi-4", "sliding window, partial and long rotary", {"sliding_window": 7}),
+    "phi3": Family(
+        "Phi3",
+        "Phi-3, Phi-4",
+        "sliding window, partial and long rotary",
+        {"sliding_window": 7, "original_max_position_embeddings": 1024, "rope_parameters": LONG},
+    ),
     "olmo": Family("Olmo", "OLMo", "clipped queries, keys and values", {"clip_qkv": 1.0}),
     "olmo2": Family("Olmo2", "OLMo 2"),
     "olmo3": Family("Olmo3", "OLMo 3", "alternating window", ALTERNATING),

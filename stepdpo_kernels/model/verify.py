@@ -42,9 +42,16 @@ def verify_first_batch(model: Any, batch: PackedBatch) -> bool:
         False where no pair of the batch has two steps, so that there is nothing to compare.
 
     Raises:
-        StepDPOError: they differ, with the figures, or the model cannot be called with a plan at all.
+        StepDPOError: they differ, with the figures; the model cannot be called with a plan at all; or its weights are
+            sharded over processes.
     """
     lm: Any = causal_lm(model)
+    if _is_sharded(lm):
+        raise StepDPOError(
+            f"model {type(lm).__name__}: compare it before its weights are sharded, since each process would gather "
+            "them for branches of its own: verify_first_batch(model, batch), then enable_packed_forward(model, "
+            "verify=False)"
+        )
     steps = batch.branches.lengths.cpu()  # (S,) tokens
     usable = ((steps[batch.chosen.cpu()] > 0) & (steps[batch.rejected.cpu()] > 0)).nonzero()[:PAIRS, 0]
     if not usable.numel():
@@ -69,6 +76,13 @@ def verify_first_batch(model: Any, batch: PackedBatch) -> bool:
             f"branch alone; {tolerance:.1e} of it is allowed in {dtype} with {lm.config.num_hidden_layers} layers"
         )
     return True
+
+
+def _is_sharded(lm: PreTrainedModel) -> bool:
+    """By FSDP2 or tensor parallelism, or by ZeRO-3."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in lm.parameters())
 
 
 def _packed(lm: Any, batch: PackedBatch, device: torch.device) -> list[Tensor]:

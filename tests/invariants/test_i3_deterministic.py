@@ -67,17 +67,25 @@ def test_each_implementation(tiny_model: Make, impl: str, share: str) -> None:
 def _digest(step: Step) -> str:
     digest = hashlib.sha256(repr(step.loss).encode())
     for name in sorted(step.gradients):
-        digest.update(step.gradients[name].numpy().tobytes())
+        digest.update(step.gradients[name].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _digests(folder: Path | str) -> str:
+    """Of a step in float32 and of one in bfloat16, by the model that a folder holds."""
+    steps = (
+        _step(lambda dtype=dtype: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train())
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    return "-".join(map(_digest, steps))
 
 
 _ELSEWHERE = """
 import sys, torch
-from transformers import AutoModelForCausalLM
-from tests.invariants.test_i3_deterministic import _digest, _step
+from tests.invariants.test_i3_deterministic import _digests
 torch.set_num_threads(2)
 for folder in sys.argv[1:]:
-    print(_digest(_step(lambda: AutoModelForCausalLM.from_pretrained(folder).train())))
+    print(_digests(folder))
 """
 
 
@@ -88,7 +96,7 @@ def test_another_process_gets_the_same(tiny_model: Make, tmp_path: Path, kinds: 
         folder = tmp_path / kind
         tiny_model(kind, **FAMILIES[kind].config).save_pretrained(folder)
         # loaded here as there: MKL's sums for a single output depend on where in memory a weight begins
-        expected.append(_digest(_step(lambda folder=folder: AutoModelForCausalLM.from_pretrained(folder).train())))
+        expected.append(_digests(folder))
     run = subprocess.run(
         [sys.executable, "-c", _ELSEWHERE, *(str(tmp_path / kind) for kind in kinds)],
         env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -150,12 +150,13 @@ def test_i9_model_that_is_not_there(refused, tmp_path):
 
 
 def test_i9_model_of_an_unsupported_kind(refused, tiny_tokenizer, tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BloomConfig, BloomForCausalLM
 
-    GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
-    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
-    message = refused(model=tmp_path / "gpt2")
-    assert "model GPT2LMHeadModel cannot be packed: its model_type 'gpt2' is not one" in message
+    config = BloomConfig(vocab_size=512, hidden_size=32, n_layer=1, n_head=2)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    tiny_tokenizer().save_pretrained(tmp_path / "bloom")
+    message = refused(model=tmp_path / "bloom")
+    assert "model BloomForCausalLM cannot be packed: BloomForCausalLM does not call its attention through" in message
 
 
 def test_i9_model_with_dropout(refused, tiny_model, tiny_tokenizer, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stepdpo_kernels.ops.tree_attention import cpu
+from stepdpo_kernels.ops.tree_attention import cpu, triton_kernel
 from tests.families import FAMILIES, attention_inputs, table
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -21,3 +21,9 @@ def test_the_cpu_takes_every_layer_of_every_family(kind: str) -> None:
     layers = attention_inputs(kind)
     assert len(layers) == 2
     assert [cpu.why_not(layer) for layer in layers] == [[], []]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_so_does_our_triton_kernel(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernel, "INTERPRETED", True)  # the layers are on the CPU
+    assert [triton_kernel.why_not(layer) for layer in attention_inputs(kind)] == [[], []]

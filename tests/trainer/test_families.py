@@ -56,9 +56,12 @@ def test_an_untested_model_that_differs_is_refused_before_anything_is_written(pa
 @pytest.mark.parametrize(("wanted", "expected"), [(None, 0), (True, 1), (False, 0)])
 def test_the_comparison_can_be_asked_for(tiny_model, pairs, config, monkeypatch, wanted, expected):
     calls: list[Any] = []
-    monkeypatch.setattr(
-        "stepdpo_kernels.model.forward.verify_first_batch", lambda model, batch: bool(calls.append(batch) or True)
-    )
+
+    def counted(model: Any, batch: Any) -> bool:
+        calls.append(batch)
+        return True
+
+    monkeypatch.setattr("stepdpo_kernels.model.forward.verify_first_batch", counted)
     StepDPOTrainer(tiny_model(), config(verify_first_batch=wanted, max_steps=2), pairs).train()
     assert len(calls) == expected
 
