@@ -1,8 +1,7 @@
 """I1 and I3 for every family that is supported: packed gradients are the unpacked model's, and the same bits twice.
 
 Every family has all it is known for (windows, softcaps, sinks, experts, latent attention, ...: tests/families.py). By
-default float32 with whole trees, and bfloat16 with whole trees in a full fine-tune; `make slow` adds trees of single
-pairs, and gradient checkpointing and LoRA in bfloat16.
+default with whole trees; `make slow` adds trees of single pairs. bfloat16: test_i1_bfloat16.py.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from transformers import PreTrainedModel
 from stepdpo_kernels.packing import pack_pairs
 from stepdpo_kernels.types import TreePlan
 from tests.exactness import (
-    Step,
     assert_exact,
     errors,
     family_model,
@@ -31,13 +29,7 @@ from tests.forests import forest_pairs
 Make = Callable[..., PreTrainedModel]
 TRAINING = ("full", "checkpointing", "lora", "lora and checkpointing")
 every_family = pytest.mark.parametrize("kind", FAMILIES)
-BF16_EPS = torch.finfo(torch.bfloat16).eps / 2
 WHOLE = {"partial_rotary_factor": 1.0}
-BF16 = [
-    pytest.param(training, share, marks=[] if (training, share) == ("full", "tree") else [pytest.mark.slow])
-    for share in ("tree", "pair")
-    for training in TRAINING
-]
 
 
 def _levels(plan: TreePlan) -> int:
@@ -63,38 +55,6 @@ def test_gradients_of_a_family(tiny_model: Make, kind: str, training: str, share
     # what the comparison compares is not nothing
     assert all(g.norm() > 1e-6 for g in plain.gradients.values())
     assert ("lora" in training) == all("lora_" in name for name in plain.gradients)
-
-
-def _error_of_all(step: Step, exact: Step) -> float:
-    """Relative error of all gradients taken together as one vector."""
-    names = sorted(exact.gradients)
-    ours, theirs = (torch.cat([s.gradients[n].double().flatten() for n in names]) for s in (step, exact))
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-@every_family
-@pytest.mark.parametrize(("training", "share"), BF16)
-def test_bfloat16_is_as_near_to_float32_as_the_unpacked_model(
-    tiny_model: Make, kind: str, training: str, share: str, record_property: Callable[[str, float], None]
-) -> None:
-    def model(dtype: torch.dtype) -> PreTrainedModel:
-        # rounded first, adapters too, so that all three have the same weights
-        return family_model(tiny_model, kind, training, dtype=torch.bfloat16).to(torch.bfloat16).to(dtype)
-
-    pairs = forest_pairs()
-    exact = model(torch.float32)
-    refs = references_near(exact, pairs)
-    (batch,) = pack_pairs(pairs, 10_000, share=share)
-    oracle = plain_step(exact, pairs, refs)
-    packed = packed_step(model(torch.bfloat16), [batch], refs, num_pairs=len(pairs))
-    plain = plain_step(model(torch.bfloat16), pairs, refs)
-    assert {g.dtype for step in (packed, plain) for g in step.gradients.values()} == {torch.bfloat16}
-    of_packed, of_plain = errors(packed, oracle), errors(plain, oracle)
-    for name, error in of_packed.items():
-        assert error <= 2 * (of_plain[name] + BF16_EPS), name
-    ratio = _error_of_all(packed, oracle) / _error_of_all(plain, oracle)
-    record_property("error, of the unpacked model's", ratio)
-    assert ratio <= 2
 
 
 @every_family
