@@ -114,9 +114,7 @@ def register(
     """
     if name not in PREFERENCE:
         raise ValueError(f"implementation {name!r} of {op} is not one of {', '.join(PREFERENCE)}")
-    _implementations.setdefault(op, {})[name] = Implementation(
-        op, name, run, why_not, why_not_auto, self_test
-    )
+    _implementations.setdefault(op, {})[name] = Implementation(op, name, run, why_not, why_not_auto, self_test)
 
 
 def implementations(op: str) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from stepdpo_kernels.ops import ragged_triton
 from stepdpo_kernels.ops.linear_logprob import triton_chunked, triton_kernel
 from stepdpo_kernels.ops.linear_logprob.triton_kernel import Config, Problem
 from stepdpo_kernels.ops.pair_loss import triton_kernel as pair_kernel
@@ -126,6 +128,11 @@ def tree(
     tree_kernel._gradients._init_fn(out, out, stats, *inputs)
 
 
+def segments(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    index, lengths = torch.zeros(64, dtype=torch.int64), torch.full((16,), 4)
+    ragged_triton.segment_sum._init_fn(torch.zeros(64, *shape, dtype=dtype), index, lengths)
+
+
 # Head sizes of queries and keys, and of values, to query heads for each head of keys: what models have, and odd ones
 TREES = {(16, 16): 2, (32, 32): 4, (64, 64): 7, (128, 128): 4, (192, 128): 1, (256, 256): 2}
 ODD_TREES = {(80, 80): 1, (96, 48): 1, (240, 144): 3}
@@ -153,6 +160,9 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         kind = f"{str(dtype).removeprefix('torch.')}-{shape[0]}"
         name = f"head-{kind}{'-bias' * bias}{'-softcap' * softcap}"
         yield name, lambda d=dtype, s=shape, bias=bias, softcap=softcap: head(d, *s, bias, softcap)
+    for dtype, shape in itertools.product((*sixteen, *thirty_two, torch.float64), ((), (5, 26), (4, 128))):
+        name = f"segments-{str(dtype).removeprefix('torch.')}-{math.prod(shape)}"
+        yield name, lambda d=dtype, s=shape: segments(d, s)
     for dtype, shares, options in trees():
         for sizes, share in shares.items():
             on = "".join(

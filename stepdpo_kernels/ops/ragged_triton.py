@@ -21,7 +21,7 @@ from torch import Tensor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TILE = 4096  # elements: 32 registers a thread
+TILE = 16384  # bytes of sums: 32 registers a thread
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}  # the last: Triton's default is to change
 
 
@@ -76,7 +76,7 @@ def segment_sum(x: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
             _segment_sum_kernel[(segments, triton.cdiv(columns, block_c))](
                 flat, index, lengths.cumsum(0), lengths, out, columns, flat.stride(0),
                 WIDE=tl.float64 if x.dtype == torch.float64 else tl.float32,
-                BLOCK_N=min(128, TILE // block_c), BLOCK_C=block_c, **OPTIONS,
+                BLOCK_N=min(128, TILE // (max(4, x.element_size()) * block_c)), BLOCK_C=block_c, **OPTIONS,
             )  # fmt: skip
     return out
 

@@ -31,8 +31,8 @@ def check(status: int, lines: list[dict[str, Any]]) -> None:
 
 
 def test_the_usual_kernels() -> None:
-    cases = ["head-bfloat16-1024", "head-float32-1023-bias-softcap", "pair-17", "tree-bfloat16-64-64-window-softcap"]
-    status, lines = compile_kernels("--only", *cases)
+    head, tree = ("head-bfloat16-1024", "head-float32-1023-bias-softcap"), "tree-bfloat16-64-64-window-softcap"
+    status, lines = compile_kernels("--only", *head, tree, "pair-17", "segments-bfloat16-512")
     check(status, lines)
     assert {line["kernel"] for line in lines} >= {
         "_forward_kernel",
@@ -44,6 +44,7 @@ def test_the_usual_kernels() -> None:
         "_delta_kernel",
         "_d_query_kernel",
         "_d_key_kernel",
+        "_segment_sum_kernel",
     }
     for kernel in ("_q_kernel", "_d_query_kernel", "_d_key_kernel"):
         products = [line for line in lines if line["kernel"] == kernel and "bfloat16" in line["case"]]
