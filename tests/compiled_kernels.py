@@ -75,14 +75,15 @@ def launches(target: tuple[str, int]) -> Iterator[list[tuple[str, Any]]]:
 
     driver.set_active(Offline(target))
     JITFunction.run = compile_only
-    for module in (triton_kernel, tree_kernel):
+    modules: tuple[Any, ...] = (triton_kernel, tree_kernel)
+    for module in modules:
         module.target_of = lambda device: target
     triton_kernel.processors = lambda device: 100
     try:
         yield compiled
     finally:
         JITFunction.run, triton_kernel.processors = run, processors
-        for module in (triton_kernel, tree_kernel):
+        for module in modules:
             module.target_of = target_of
 
 
@@ -215,8 +216,8 @@ def break_something(what: str) -> None:
     of_head, of_tree = wrong[what]
     for key in triton_kernel.CONFIGS:
         triton_kernel.CONFIGS[key] = of_head
-    for key in tree_kernel.CONFIGS:
-        tree_kernel.CONFIGS[key] = tree_kernel.Config(of_tree, of_tree, of_tree)
+    for of in tree_kernel.CONFIGS:
+        tree_kernel.CONFIGS[of] = tree_kernel.Config(of_tree, of_tree, of_tree)
     if what == "tensor cores":  # as if products were of float32
         triton_kernel.INTERPRETED = tree_kernel.INTERPRETED = True
 

@@ -73,7 +73,8 @@ def _three_steps(tiny_model: Make, kind: str, training: str, share: str, seed: i
     refs = references_near(model(torch.float32), pairs)
     (batch,) = pack_pairs(pairs, 10_000, share=share)
     real = padded_batch(pairs)["attention_mask"].flatten().bool()
-    steps, routes = {}, {}
+    steps: dict[tuple[bool, torch.dtype], Step] = {}
+    routes: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
     for dtype in (torch.bfloat16, torch.float32):
         for packed in (True, False):
             made = model(dtype)

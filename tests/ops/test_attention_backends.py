@@ -261,7 +261,12 @@ def test_no_gathered_keys_are_kept(backend: tuple[Any, Flash]) -> None:
     assert plan.keys.index.numel() > 2 * plan.num_tokens
     inputs = [x.requires_grad_() for x in _inputs(plan, sinks=True)]
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+
+    def keep(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         backend[0].tree_attention(*inputs[:3], plan, scale=0.3, sinks=inputs[3])
     assert max(x.numel() for x in saved) == plan.num_tokens * 4 * 8
     assert sum(x.numel() for x in saved) <= plan.num_tokens * (4 + 2 + 2 + 4 + 1) * 8
@@ -300,13 +305,14 @@ def test_no_tokens(backend: tuple[Any, Flash]) -> None:
 def test_determinism_of_torch_is_as_it_was(torch_flash: Flash) -> None:
     plan = PLANS["forest"]
     inputs = _inputs(plan)
-    before = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory
     for mode in (0, 1, 2):
         torch.set_deterministic_debug_mode(mode)
         try:
             _run(varlen, inputs, torch.ones_like(inputs[0]), plan)
             assert torch.get_deterministic_debug_mode() == mode
-            assert torch.utils.deterministic.fill_uninitialized_memory is before
+            assert settings.fill_uninitialized_memory is before
         finally:
             torch.set_deterministic_debug_mode(0)
 
@@ -439,19 +445,18 @@ def _dense(plan: TreePlan, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
     assert mask.seq_lengths == (tokens, tokens)
     seen = create_mask(mask.mask_mod, 1, 1, tokens, tokens, device="cpu")[0, 0]
     count = -(-tokens // flex.BLOCK)
-    blocks = []
-    for many, which in (
-        (mask.kv_num_blocks, mask.kv_indices),
-        (mask.full_kv_num_blocks, mask.full_kv_indices),
-    ):
+
+    def dense(many: Tensor | None, which: Tensor | None) -> Tensor:
         assert many is not None
         assert which is not None
         assert many.dtype == which.dtype == torch.int32
-        dense = torch.zeros(count, count, dtype=torch.bool)
+        blocks = torch.zeros(count, count, dtype=torch.bool)
         for row in range(count):
-            dense[row, which[0, 0, row, : many[0, 0, row]].long()] = True
-        blocks.append(dense.repeat_interleave(flex.BLOCK, 0).repeat_interleave(flex.BLOCK, 1))
-    return seen, *blocks
+            blocks[row, which[0, 0, row, : many[0, 0, row]].long()] = True
+        return blocks.repeat_interleave(flex.BLOCK, 0).repeat_interleave(flex.BLOCK, 1)
+
+    partial = dense(mask.kv_num_blocks, mask.kv_indices)
+    return seen, partial, dense(mask.full_kv_num_blocks, mask.full_kv_indices)
 
 
 def _check_blocks(plan: TreePlan, window: int | None) -> tuple[int, int]:

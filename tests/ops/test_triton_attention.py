@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stepdpo_kernels import _dispatch
-from stepdpo_kernels.ops.tree_attention import api, tree_attention
+from stepdpo_kernels.ops.tree_attention import api, flash, tree_attention, varlen
 from stepdpo_kernels.ops.tree_attention.reference import dense_mask
 from stepdpo_kernels.ops.tree_attention.triton_tiles import Shape, intervals, make_tiles
 from stepdpo_kernels.packing import build_batch
@@ -206,13 +207,12 @@ def test_a_window_leaves_out_tiles() -> None:
 
 
 def test_tiles_are_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, made = _plan(nested_pairs()), []
-    searchsorted = torch.searchsorted
-    monkeypatch.setattr(torch, "searchsorted", lambda *a, **k: made.append(1) or searchsorted(*a, **k))
+    plan, searchsorted = _plan(nested_pairs()), Mock(wraps=torch.searchsorted)
+    monkeypatch.setattr(torch, "searchsorted", searchsorted)
     inputs = [x.requires_grad_() for x in _inputs(plan, (2, 1))]
     first, second = (_attention(plan)(*inputs) for _ in range(2))
     torch.autograd.grad(first.sum() + second.sum(), inputs)
-    assert len(made) == 3
+    assert searchsorted.call_count == 3
 
 
 def test_a_plan_out_of_order_fails() -> None:
@@ -402,11 +402,11 @@ def test_auto_takes_it_where_flash_attention_cannot(monkeypatch: pytest.MonkeyPa
     plan = PLANS["one leaf"]
     inputs = {**dict(zip(("query", "key", "value"), _inputs(plan), strict=True)), "plan": plan}
     on_gpu = {"query": SimpleNamespace(device=torch.device("cuda"))}
-    monkeypatch.setattr(api.flash, "why_not", lambda inputs: ["it has no sinks"])
-    monkeypatch.setattr(api.varlen, "why_not", lambda inputs: ["it has no sinks"])
+    monkeypatch.setattr(flash, "why_not", lambda inputs: ["it has no sinks"])
+    monkeypatch.setattr(varlen, "why_not", lambda inputs: ["it has no sinks"])
     assert api._triton_why_not_auto(on_gpu) == []
     assert api._triton_why_not_auto(inputs) == ["Triton's interpreter is for tests"]
-    monkeypatch.setattr(api.varlen, "why_not", lambda inputs: [])
+    monkeypatch.setattr(varlen, "why_not", lambda inputs: [])
     assert api._triton_why_not_auto(on_gpu) == ["varlen takes these inputs, and which is faster is not measured"]
     assert _dispatch.choose("tree_attention", "auto", inputs).name == "cpu"
     assert _dispatch.choose("tree_attention", "triton", inputs).name == "triton"

@@ -91,8 +91,8 @@ def _compare(name: str, device: torch.device, dtype: torch.dtype, sizes: tuple[i
     where = f"it fails its self-test on {device} in {dtype}" + (f" with {feature}" if feature else "")
     try:
         ours = _results(_backends[name], narrow, upstream, plan=plan, **options)
-    except Exception as error:  # whatever a kernel raises that does not fit this device
-        return f"{where}: {type(error).__name__}: {error}"
+    except Exception as raised:  # whatever a kernel raises that does not fit this device
+        return f"{where}: {type(raised).__name__}: {raised}"
     error, worst = _error(ours, exact)
     if error <= allowed:
         return None
@@ -103,7 +103,8 @@ def _compare(name: str, device: torch.device, dtype: torch.dtype, sizes: tuple[i
     if not feature and (output[first] - root).abs().max() <= allowed * root.abs().max():
         cause = "; its causal mask is aligned with the first key (top-left), not with the last (bottom-right)"
     elif feature:
-        without = reference.tree_attention(*wide[:3], plan, scale=sizes[0] ** -0.5)
+        query, key, value, *_ = wide
+        without = reference.tree_attention(query, key, value, plan, scale=sizes[0] ** -0.5)
         if (output - without).abs().max() <= allowed * without.abs().max():
             cause = "; it ignores it"
     return f"{where}: its {worst} is off by {error:.1%} of the largest value, {allowed:.1%} are allowed{cause}"

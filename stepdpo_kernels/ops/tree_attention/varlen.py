@@ -21,14 +21,15 @@ from stepdpo_kernels.types import TreePlan
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """torch's FlashAttention sums dQ in order where torch is told to be deterministic, and only there."""
-    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("error")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]  # a property of the module
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
+        settings.fill_uninitialized_memory = fill
 
 
 def _arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
