@@ -8,6 +8,7 @@ transpose.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +24,7 @@ def segment_sum(x: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
     Summed in at least float32, in an order that depends on nothing but the shape, and rounded once to the dtype of x;
     index (N,) and lengths (rows,) are int64. No autograd.
     """
-    run = _dispatch.choose("segment_sum", "auto", {"x": x}).run
-    total: Tensor = run(x, index, lengths)
-    return total
+    return _RUN[_choose(x.device, x.dtype)](x, index, lengths)
 
 
 def _torch(x: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
@@ -39,6 +38,15 @@ def _triton(x: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
     from stepdpo_kernels.ops import ragged_triton
 
     return ragged_triton.segment_sum(x, index, lengths)
+
+
+_RUN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"triton": _triton, "torch": _torch}
+
+
+@_dispatch.asked_once
+def _choose(device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation's name."""
+    return _dispatch.choose("segment_sum", "auto", {"x": _dispatch.Kind(device, dtype)}).name
 
 
 _dispatch.register(

@@ -516,8 +516,10 @@ def test_flex_forward_without_a_compiler(
 
 
 def test_flex_compiles_once_for_all_plans_and_windows() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor")
     attend = torch.compile(flex._attend, dynamic=True, fullgraph=True, backend=counter)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "compiled", lambda: attend)
