@@ -114,7 +114,10 @@ def test_attention(impl: str, share: str, spread: float, window: int | None, dty
     plan = build_batch(forest_pairs(), range(13), share).plan
     query, key, value = (torch.randn(plan.num_tokens, h, 32) for h in (4, 2, 2))
     inputs = [(spread * query).to(dtype), key.to(dtype), value.to(dtype)]
-    _skip_what_cannot("tree_attention", impl, {"query": inputs[0], "value": inputs[2]})
+    leaves = (x.detach().requires_grad_() for x in inputs)
+    _skip_what_cannot(
+        "tree_attention", impl, {**dict(zip(("query", "key", "value"), leaves, strict=True)), "plan": plan}
+    )
     mask, scale = dense_mask(plan, window), 32**-0.5
     results = _results(
         lambda q, k, v: tree_attention(q, k, v, plan, scale=scale, sliding_window=window, impl=impl),

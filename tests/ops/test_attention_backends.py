@@ -1,65 +1,30 @@
 """The CUDA backends of tree attention as far as a CPU goes: what they hand to their kernels, and their self-test.
 
-FlashAttention's kernels are replaced by their definition (tests/flash_by_definition.py); FlexAttention runs forward.
+FlashAttention's kernels are replaced by their definition (tests/flash_by_definition.py).
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from stepdpo_kernels import _dispatch
-from stepdpo_kernels.ops.tree_attention import api, cpu, flash, flex, leaf_paths, reference, selftest, varlen
+from stepdpo_kernels.ops.tree_attention import api, cpu, flash, leaf_paths, reference, selftest, varlen
 from stepdpo_kernels.ops.tree_attention.reference import dense_mask
-from stepdpo_kernels.packing import build_batch
-from stepdpo_kernels.types import Ragged, StepPair, TreePlan
+from stepdpo_kernels.types import TreePlan
+from tests.attention import PLANS, described, no_tokens, random_inputs, star
 from tests.flash_by_definition import Flash
-from tests.forests import forest_pairs, make_pair, nested_pairs, step_pairs
 from tests.numerics import assert_as_good_as_eager, value_and_gradients
 
-
-def _plan(pairs: Sequence[StepPair], share: str = "tree") -> TreePlan:
-    return build_batch(pairs, range(len(pairs)), share).plan
-
-
-def _star(leaves: int, root: int = 3, tail: int = 2) -> TreePlan:
-    pairs = [make_pair([1] * root, [10 + 2 * i] * (tail + 1), [11 + 2 * i] * (tail + 1)) for i in range(leaves // 2)]
-    return _plan(pairs)
-
-
-PLANS = {
-    "forest": _plan(forest_pairs()),
-    "unshared": _plan(nested_pairs(), "none"),
-    "one token": _plan([make_pair([1], [2], [3])]),
-    "star": _star(12),
-}
 NAMES = ["output", "dQ", "dK", "dV", "d sinks"]
-
-
-def _inputs(
-    plan: TreePlan,
-    heads: tuple[int, int] = (4, 2),
-    sizes: tuple[int, int] = (8, 8),
-    dtype: torch.dtype = torch.float64,
-    sinks: bool = False,
-) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(plan.num_tokens)
-    shapes = [(heads[0], sizes[0]), (heads[1], sizes[0]), (heads[1], sizes[1])]
-    inputs = [torch.randn(plan.num_tokens, *s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
-    # heads before tokens in memory, as transformers has them
-    inputs = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
-    return [*inputs, torch.randn(heads[0], generator=generator, dtype=torch.float64).to(dtype)] if sinks else inputs
 
 
 def _run(backend: Any, inputs: list[Tensor], upstream: Tensor, plan: TreePlan, **options: Any) -> list[Tensor]:
@@ -208,7 +173,7 @@ def test_flash_attention_along_leaf_paths(
 ) -> None:
     module, kernels = backend
     softcap = 1.5 if module is flash and window in (None, 5) else None
-    inputs = _inputs(plan, heads, sizes, sinks=sinks)
+    inputs = random_inputs(plan, heads, sizes, sinks=sinks)
     upstream = torch.randn(plan.num_tokens, heads[0], sizes[1], dtype=torch.float64)
     options = {"sliding_window": window, "softcap": softcap}
     ours = _run(module, inputs, upstream, plan, **options)
@@ -229,7 +194,7 @@ def test_flash_attention_along_leaf_paths(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_as_good_as_eager(backend: tuple[Any, Flash], dtype: torch.dtype, sizes: tuple[int, int], sinks: bool) -> None:
     plan = PLANS["forest"]
-    inputs = _inputs(plan, sizes=sizes, dtype=dtype, sinks=sinks)
+    inputs = random_inputs(plan, sizes=sizes, dtype=dtype, sinks=sinks)
     upstream = torch.randn(plan.num_tokens, 4, sizes[1]).to(dtype)
 
     def eager(q: Tensor, k: Tensor, v: Tensor, s: Tensor | None = None) -> Tensor:
@@ -249,7 +214,7 @@ def test_as_good_as_eager(backend: tuple[Any, Flash], dtype: torch.dtype, sizes:
 
 def test_shared_keys_are_summed_in_float32(backend: tuple[Any, Flash]) -> None:
     # 400 leaves pull the root's value the same way: a bfloat16 sum would stand still
-    plan = _star(400, root=1, tail=1)
+    plan = star(400, root=1, tail=1)
     inputs = [torch.zeros(plan.num_tokens, 1, 8, dtype=torch.bfloat16) for _ in range(3)]
     ours = _run(backend[0], inputs, torch.full_like(inputs[0], 0.3), plan)
     expected = (1 + 400 / 2) * torch.tensor(0.3).bfloat16().double()
@@ -257,9 +222,9 @@ def test_shared_keys_are_summed_in_float32(backend: tuple[Any, Flash]) -> None:
 
 
 def test_no_gathered_keys_are_kept(backend: tuple[Any, Flash]) -> None:
-    plan = _star(200)
+    plan = star(200)
     assert plan.keys.index.numel() > 2 * plan.num_tokens
-    inputs = [x.requires_grad_() for x in _inputs(plan, sinks=True)]
+    inputs = [x.requires_grad_() for x in random_inputs(plan, sinks=True)]
     saved: list[Tensor] = []
 
     def keep(x: Tensor) -> Tensor:
@@ -275,7 +240,7 @@ def test_no_gathered_keys_are_kept(backend: tuple[Any, Flash]) -> None:
 def test_gradients_that_nobody_wants(backend: tuple[Any, Flash]) -> None:
     plan = PLANS["forest"]
     for wanted in ([0], [1], [2], [3], [0, 2]):
-        inputs = _inputs(plan, sinks=True)
+        inputs = random_inputs(plan, sinks=True)
         for i in wanted:
             inputs[i].requires_grad_()
         results = []
@@ -286,15 +251,10 @@ def test_gradients_that_nobody_wants(backend: tuple[Any, Flash]) -> None:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def _no_tokens() -> TreePlan:
-    nothing, zero = torch.empty(0, dtype=torch.int64).numpy(), torch.zeros(1, dtype=torch.int32)
-    return TreePlan(keys=Ragged.from_rows(nothing, nothing, 0), cu_q=zero, cu_k=zero, max_q=0, max_k=0)
-
-
 def test_no_tokens(backend: tuple[Any, Flash]) -> None:
     shapes = ((0, 4, 8), (0, 2, 8), (0, 2, 5), (4,))
     inputs = [torch.empty(shape, requires_grad=True) for shape in shapes]
-    output = backend[0].tree_attention(*inputs[:3], _no_tokens(), scale=1.0, sinks=inputs[3])
+    output = backend[0].tree_attention(*inputs[:3], no_tokens(), scale=1.0, sinks=inputs[3])
     assert output.shape == (0, 4, 5)
     gradients = torch.autograd.grad(output.sum(), inputs)
     assert [g.shape for g in gradients] == [x.shape for x in inputs]
@@ -304,7 +264,7 @@ def test_no_tokens(backend: tuple[Any, Flash]) -> None:
 
 def test_determinism_of_torch_is_as_it_was(torch_flash: Flash) -> None:
     plan = PLANS["forest"]
-    inputs = _inputs(plan)
+    inputs = random_inputs(plan)
     settings: Any = torch.utils.deterministic
     before = settings.fill_uninitialized_memory
     for mode in (0, 1, 2):
@@ -327,19 +287,10 @@ def test_a_logsumexp_of_another_shape_is_not_taken(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", transposed)
     plan = PLANS["forest"]
     with pytest.raises(RuntimeError, match=rf"expected a logsumexp of \(4, {plan.num_tokens}\) \(heads, tokens\)"):
-        varlen.tree_attention(*_inputs(plan), plan, scale=1.0)
+        varlen.tree_attention(*random_inputs(plan), plan, scale=1.0)
 
 
 # Which package, and why not.
-
-
-def _described(
-    sizes: tuple[int, int] = (64, 64), dtype: torch.dtype = torch.bfloat16, device: str = "cuda", **more: Any
-) -> dict[str, Any]:
-    query, value = (
-        SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(4, 2, s), requires_grad=False) for s in sizes
-    )
-    return {"query": query, "key": query, "value": value, **more}
 
 
 def test_flash_attention_3_on_hopper_and_2_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,8 +298,8 @@ def test_flash_attention_3_on_hopper_and_2_elsewhere(monkeypatch: pytest.MonkeyP
     plan = PLANS["forest"]
     for capability, sizes, taken in ((9, (64, 64), three), (8, (64, 64), two), (10, (64, 64), two), (9, (256, 8), two)):
         _install(monkeypatch, _flash_2(two), _flash_3(three), capability)
-        assert flash.why_not(_described(sizes)) == []
-        inputs = _inputs(plan, sizes=sizes)
+        assert flash.why_not(described(sizes)) == []
+        inputs = random_inputs(plan, sizes=sizes)
         _run(flash, inputs, torch.ones(plan.num_tokens, 4, sizes[1], dtype=torch.float64), plan)
         assert [len(kernels.calls) for kernels in (two, three)] == [2 * (kernels is taken) for kernels in (two, three)]
         two.calls.clear()
@@ -359,19 +310,19 @@ def test_flash_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = Flash()
     _install(monkeypatch, None, None)
     missing = ["flash_attn_interface is not installed", "flash_attn.flash_attn_interface is not installed"]
-    found = flash.why_not(_described())
+    found = flash.why_not(described())
     assert found[0] == missing[0]
     assert re.fullmatch(r"flash_attn(\.flash_attn_interface)? is not installed", found[1])
     _install(monkeypatch, None, _flash_3(kernels), capability=8)
-    assert flash.why_not(_described())[0] == "flash_attn_interface is for Hopper"
+    assert flash.why_not(described())[0] == "flash_attn_interface is for Hopper"
     _install(monkeypatch, None, _flash_3(kernels))
-    assert flash.why_not(_described()) == []
+    assert flash.why_not(described()) == []
     assert (
-        flash.why_not(_described((64, 200)))[0] == "flash_attn_interface has no deterministic backward for heads of 200"
+        flash.why_not(described((64, 200)))[0] == "flash_attn_interface has no deterministic backward for heads of 200"
     )
     _install(monkeypatch, _flash_2(kernels), None)
-    assert flash.why_not(_described((64, 200), softcap=1.0, sinks=object())) == []
-    assert flash.why_not(_described((64, 257), torch.float32, "cpu")) == [
+    assert flash.why_not(described((64, 200), softcap=1.0, sinks=object())) == []
+    assert flash.why_not(described((64, 257), torch.float32, "cpu")) == [
         "it runs on CUDA, not on cpu",
         "it takes float16 and bfloat16, not torch.float32",
         "heads of at most 256, not 257",
@@ -383,20 +334,20 @@ def test_other_versions_of_flash_attention_are_refused(monkeypatch: pytest.Monke
     del without._flash_attn_varlen_backward
     _install(monkeypatch, without, None)
     expected = "flash_attn.flash_attn_interface of this version has no _flash_attn_varlen_backward"
-    assert flash.why_not(_described())[1] == expected
+    assert flash.why_not(described())[1] == expected
 
     older = _flash_2(Flash())
     older._flash_attn_varlen_forward = lambda q, k, v, cu_seqlens_q, window_size: None  # type: ignore[attr-defined]
     _install(monkeypatch, older, None)
     assert re.match(
         r"_flash_attn_varlen_forward of this version of flash_attn.flash_attn_interface takes other arguments: .*",
-        flash.why_not(_described())[1],
+        flash.why_not(described())[1],
     )
 
     with monkeypatch.context() as patch:
         patch.setattr(flash, "import_module", lambda name: (_ for _ in ()).throw(ImportError("undefined symbol: abc")))
         flash._load.cache_clear()
-        assert flash.why_not(_described())[1] == (
+        assert flash.why_not(described())[1] == (
             "flash_attn.flash_attn_interface cannot be imported: ImportError: undefined symbol: abc"
         )
 
@@ -411,173 +362,18 @@ def test_arguments_of_operations_that_torch_wraps_are_seen() -> None:
 
 
 def test_varlen_says_every_reason() -> None:
-    assert varlen.why_not(_described((300, 8), torch.float32, "cpu", softcap=1.0)) == [
+    assert varlen.why_not(described((300, 8), torch.float32, "cpu", softcap=1.0)) == [
         "it runs on CUDA, not on cpu",
         "it takes float16 and bfloat16, not torch.float32",
         "heads of at most 256, not 300",
         "it has no softcap",
     ]
-    assert varlen.why_not(_described((192, 128), sinks=object(), sliding_window=3)) == []
+    assert varlen.why_not(described((192, 128), sinks=object(), sliding_window=3)) == []
     plan = PLANS["one token"]
     with pytest.raises(
         ValueError, match="'varlen' of tree_attention cannot take these inputs: it runs on CUDA, not on"
     ):
-        api.tree_attention(*_inputs(plan), plan, scale=1.0, impl="varlen")
-
-
-# FlexAttention.
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(flex, "BLOCK", 8)
-    flex.block_mask.cache_clear()
-    yield
-    flex.block_mask.cache_clear()
-
-
-def _dense(plan: TreePlan, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, T) bool: what the function of a block mask sees, and its partial and full blocks."""
-    from torch.nn.attention.flex_attention import create_mask
-
-    tokens = plan.num_tokens
-    mask = flex.block_mask(plan, window)
-    assert mask.seq_lengths == (tokens, tokens)
-    seen = create_mask(mask.mask_mod, 1, 1, tokens, tokens, device="cpu")[0, 0]
-    count = -(-tokens // flex.BLOCK)
-
-    def dense(many: Tensor | None, which: Tensor | None) -> Tensor:
-        assert many is not None
-        assert which is not None
-        assert many.dtype == which.dtype == torch.int32
-        blocks = torch.zeros(count, count, dtype=torch.bool)
-        for row in range(count):
-            blocks[row, which[0, 0, row, : many[0, 0, row]].long()] = True
-        return blocks.repeat_interleave(flex.BLOCK, 0).repeat_interleave(flex.BLOCK, 1)
-
-    partial = dense(mask.kv_num_blocks, mask.kv_indices)
-    return seen, partial, dense(mask.full_kv_num_blocks, mask.full_kv_indices)
-
-
-def _check_blocks(plan: TreePlan, window: int | None) -> tuple[int, int]:
-    """How many blocks are partial and full, after checking that they are that."""
-    tokens, size = plan.num_tokens, flex.BLOCK
-    seen, partial, full = _dense(plan, window)
-    assert torch.equal(seen, dense_mask(plan, window))
-    assert not (partial & full).any()
-    padded = torch.zeros_like(full)
-    padded[:tokens, :tokens] = seen
-    assert padded[full].all()
-    assert not (padded & ~(partial | full)).any()
-    return int(partial.sum()) // size**2, int(full.sum()) // size**2
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    step_pairs(),
-    st.sampled_from(["tree", "pair", "none"]),
-    st.one_of(st.none(), st.integers(1, 9)),
-    st.sampled_from([1, 2, 3, 8]),
-)
-def test_block_masks_of_any_forest(pairs: list[StepPair], share: str, window: int | None, size: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex, "BLOCK", size)
-        flex.block_mask.cache_clear()
-        _check_blocks(_plan(pairs, share), window)
-    flex.block_mask.cache_clear()
-
-
-def test_blocks_that_nobody_sees_are_left_out(small_blocks: None) -> None:
-    trees = _plan([make_pair([i] * 40, [9], [9]) for i in range(1, 6)])  # five trees of 40 tokens in blocks of 8
-    assert _check_blocks(trees, None) == (5 * 5, 5 * 10)  # the diagonal; what is before it in the same tree
-    assert _check_blocks(trees, 8) == (5 * (5 + 4), 0)
-    assert _check_blocks(trees, 24) == (5 * (5 + 2), 5 * (4 + 3))  # 16 to 23 tokens back: all seen
-    # 20 leaves of 8 tokens on a root of 16: each sees itself and the root
-    star = _plan([make_pair([1] * 16, [10 + 2 * i] * 9, [11 + 2 * i] * 9) for i in range(10)])
-    assert _check_blocks(star, None) == (2 + 20, 1 + 2 * 20)
-
-
-def _flex_inputs(plan: TreePlan, sizes: tuple[int, int] = (16, 16), sinks: bool = False) -> list[Tensor]:
-    return _inputs(plan, sizes=sizes, dtype=torch.float32, sinks=sinks)
-
-
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize(("softcap", "sinks"), list(product([None, 0.5], [False, True])))
-def test_flex_forward_without_a_compiler(
-    monkeypatch: pytest.MonkeyPatch, small_blocks: None, softcap: float | None, sinks: bool, window: int | None
-) -> None:
-    monkeypatch.setattr(flex, "compiled", lambda: flex._attend)
-    plan = PLANS["forest"]
-    *qkv, sink = _flex_inputs(plan, (16, 32), sinks=True)
-    options = {"sliding_window": window, "softcap": softcap, "sinks": sink if sinks else None}
-    ours = flex.tree_attention(*qkv, plan, scale=0.7, **options)
-    assert ours.shape == (plan.num_tokens, 4, 32)
-    torch.testing.assert_close(ours, reference.tree_attention(*qkv, plan, scale=0.7, **options), rtol=1e-5, atol=1e-5)
-
-
-def test_flex_compiles_once_for_all_plans_and_windows() -> None:
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
-    attend = torch.compile(flex._attend, dynamic=True, fullgraph=True, backend=counter)
-    compiled = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex, "compiled", lambda: attend)
-        for plan, window in ((_star(300, 20), None), (_star(200), 7), (_star(240, 40), 3)):
-            qkv = _flex_inputs(plan)
-            assert plan.num_tokens > flex.BLOCK  # a single block is a case of its own to torch's compiler
-            ours = flex.tree_attention(*qkv, plan, scale=0.7, sliding_window=window)
-            exact = reference.tree_attention(*qkv, plan, scale=0.7, sliding_window=window)
-            torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
-            compiled.append(counter.frame_count)
-    assert compiled[0] > 0
-    assert compiled == compiled[:1] * 3
-
-
-def test_past_the_limit_of_recompilations_flex_raises() -> None:
-    from torch._dynamo.exc import FailOnRecompileLimitHit
-
-    torch._dynamo.reset()
-    flex.compiled.cache_clear()
-    plan = PLANS["forest"]
-    with torch._dynamo.config.patch(recompile_limit=1):
-        flex.tree_attention(*_flex_inputs(plan), plan, scale=0.7)
-        with pytest.raises(FailOnRecompileLimitHit):
-            flex.tree_attention(*_flex_inputs(plan, (32, 32)), plan, scale=0.7)
-    torch._dynamo.reset()
-    flex.compiled.cache_clear()
-
-
-def test_flex_without_tokens() -> None:
-    inputs = [torch.empty(shape, requires_grad=True) for shape in ((0, 4, 16), (0, 2, 16), (0, 2, 8))]
-    output = flex.tree_attention(*inputs, _no_tokens(), scale=1.0)
-    assert output.shape == (0, 4, 8)
-    assert [g.shape for g in torch.autograd.grad(output.sum(), inputs)] == [x.shape for x in inputs]
-
-
-def test_flex_says_why_not() -> None:
-    plan = PLANS["forest"]
-    q, k, v = _flex_inputs(plan)
-    assert flex.why_not({"query": q, "key": k, "value": v, "plan": plan}) == []
-    wanted = {"query": q, "key": k, "value": v.clone().requires_grad_(), "plan": plan}
-    assert flex.why_not({**wanted, "sinks": q[0, :, 0]}) == [
-        "on the CPU it has no backward",
-        "on the CPU it has no sinks",
-    ]
-    with torch.no_grad():
-        assert flex.why_not(wanted) == []
-        assert flex.why_not_auto(wanted) == ["on the CPU it is for tests"]
-    assert flex.why_not(_described(dtype=torch.float64)) == [
-        "it takes float32, bfloat16 and float16, not torch.float64"
-    ]
-    assert flex.why_not(_described((16, 8))) == ["heads of at least 16, not 8"]
-    assert flex.why_not(_described((256, 512), sinks=object(), softcap=1.0, sliding_window=3)) == []
-    assert flex.why_not(_described(device="mps")) == ["it runs on CUDA, and forward on the CPU, not on mps"]
-    with pytest.raises(
-        ValueError, match="'flex' of tree_attention cannot take these inputs: on the CPU it has no back"
-    ):
-        api.tree_attention(q, k, wanted["value"], plan, scale=1.0, impl="flex")
+        api.tree_attention(*random_inputs(plan), plan, scale=1.0, impl="varlen")
 
 
 # The self-test.
@@ -708,7 +504,8 @@ def test_a_broken_backend_is_refused_by_name_and_passed_over_by_auto(
     implementations = _dispatch._implementations["tree_attention"]
     monkeypatch.delitem(implementations, "varlen")
     plan = PLANS["forest"]
-    inputs = dict(zip(("query", "key", "value"), _inputs(plan, dtype=torch.bfloat16), strict=True)) | {"plan": plan}
+    query, key, value = random_inputs(plan, dtype=torch.bfloat16)
+    inputs = {"query": query, "key": key, "value": value, "plan": plan}
     _flash_with(monkeypatch, "top-left")
     with pytest.raises(
         ValueError, match=r"'flash' of tree_attention cannot take .* aligned with the first key \(top-l"
@@ -733,7 +530,7 @@ def test_the_self_test_runs_wherever_a_model_does(monkeypatch: pytest.MonkeyPatc
     assert len(kernels.calls) == 4
 
     plan = PLANS["forest"]
-    inputs = [x.requires_grad_() for x in _inputs(plan, dtype=torch.bfloat16)]
+    inputs = [x.requires_grad_() for x in random_inputs(plan, dtype=torch.bfloat16)]
 
     def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert _faults() == []
@@ -770,7 +567,7 @@ def _table() -> dict[str, dict[str, str]]:
 
 
 def _takes(name: str, device: str, dtype: torch.dtype, sizes: tuple[int, int], **options: Any) -> bool:
-    found = _dispatch._implementations["tree_attention"][name].why_not(_described(sizes, dtype, device, **options))
+    found = _dispatch._implementations["tree_attention"][name].why_not(described(sizes, dtype, device, **options))
     return not [reason for reason in found if "GPU" not in reason or device == "cpu"]
 
 

@@ -137,9 +137,10 @@ def _store(x, tile, token, head, stride_t, T, SIZE: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _dot(a, b, total, UPCAST: tl.constexpr):
-    if UPCAST:  # the interpreter multiplies the bits of bfloat16 as integers
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+    # The interpreter multiplies the bits of bfloat16 as integers, and adds float32 in an order that depends on the
+    # tile's shape: z would differ between kernels. A GPU adds over the head in one order.
+    if UPCAST:
+        return tl.dot(a.to(tl.float64), b.to(tl.float64), total.to(tl.float64)).to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
 
 
