@@ -121,6 +121,6 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             f"{row['loss']:.4f}",
         )
     table.caption = (
-        f"memory: peak of forward and backward of {of['memory_pairs']} pairs in one batch, above the weights"
+        f"memory: peak of forward and backward of {of['memory_pairs']} pairs in one batch, above weights and gradients"
     )
     Console(width=120).print(table)

@@ -21,8 +21,8 @@ def backbone(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
     longest = max_path(lm.config)
     if longest is not None and batch.plan.max_k > longest:
         raise StepDPOError(
-            f"a branch of {batch.plan.max_k} tokens is longer than {longest}, beyond which the rotary embedding of "
-            f"{type(lm).__name__} depends on the longest text in a batch: leave such pairs out"
+            f"a branch of {batch.plan.max_k} encoded tokens is longer than {longest}, beyond which the rotary "
+            f"embedding of {type(lm).__name__} depends on the longest text in a batch: leave such pairs out"
         )
     use_tree_attention(lm)
     plan = SignedPlan(batch.plan)

@@ -3,7 +3,15 @@
 from stepdpo_kernels.packing.batch import SHARE_MODES, build_batch
 from stepdpo_kernels.packing.bins import spread
 from stepdpo_kernels.packing.order import SAMPLING_MODES, epoch_order
-from stepdpo_kernels.packing.pack import pack_pairs, padded_tokens, plan_bins, plan_ranks, savings, tokens_of_pair
+from stepdpo_kernels.packing.pack import (
+    pack_pairs,
+    padded_tokens,
+    plan_bins,
+    plan_ranks,
+    savings,
+    size_of_pair,
+    tokens_of_pair,
+)
 
 __all__ = [
     "SAMPLING_MODES",
@@ -15,6 +23,7 @@ __all__ = [
     "plan_bins",
     "plan_ranks",
     "savings",
+    "size_of_pair",
     "spread",
     "tokens_of_pair",
 ]

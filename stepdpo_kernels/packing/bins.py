@@ -40,7 +40,7 @@ def spread(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 
     From the largest bin down, every process takes one before any takes another, the one with the least so far first
     (so processes in step with each other work on bins of similar sizes). A process whose list is short, or empty, has
-    an empty batch to run where all must take part. The same for the same input.
+    a batch of weight 0 to run where all must take part. The same for the same input.
     """
     if ranks < 1:
         raise ValueError(f"ranks must be at least 1, got {ranks}")

@@ -53,10 +53,10 @@ def plan_ranks(
 ) -> list[list[list[int]]]:
     """Which pairs go into which batch of which process: for each of `ranks` processes a list as `plan_bins` gives.
 
-    The processes have the same number of batches, or one fewer (`build_batch` of no indices fills up), and about the
-    same number of tokens: batches stay below `max_tokens` where that takes no more rounds of them. Every pair is in
-    exactly one batch. The same for the same input, so that each process can plan for all. Other arguments and errors
-    as `pack_pairs`.
+    The processes have the same number of batches, or one fewer (where all must take part, fill up with a batch of
+    any pair with weight 0), and about the same number of tokens: batches stay below `max_tokens` where that takes
+    no more rounds of them. Every pair is in exactly one batch. The same for the same input, so that each process
+    can plan for all. Other arguments and errors as `pack_pairs`.
     """
     if ranks < 1:
         raise ValueError(f"ranks must be at least 1, got {ranks}")

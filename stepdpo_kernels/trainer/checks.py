@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stepdpo_kernels.data import check_vocabulary
 from stepdpo_kernels.model import causal_lm, max_path
-from stepdpo_kernels.packing import tokens_of_pair
+from stepdpo_kernels.packing import size_of_pair
 from stepdpo_kernels.trainer.config import StepDPOConfig
 from stepdpo_kernels.types import StepDPOError, StepPair
 
@@ -82,19 +82,24 @@ def check_pairs(pairs: Sequence[StepPair], name: str, model: nn.Module, args: St
     share = "none" if args.share == "none" else "pair"
     longest = max_path(causal_lm(model).config)
     for pair in pairs:
-        length = pair.prefix_ids.size + max(pair.chosen_ids.size, pair.rejected_ids.size)
+        length = pair.prefix_ids.size + max(pair.chosen_ids.size, pair.rejected_ids.size) - 1  # the last is not encoded
         if longest is not None and length > longest:
             raise StepDPOError(
-                f"{name}: pair {pair.id!r} has a branch of {length} tokens, and the model's rotary embedding depends "
-                f"on the longest text of a batch from {longest} on: leave the pair out "
+                f"{name}: pair {pair.id!r} has a branch of {length} encoded tokens, and the model's rotary embedding "
+                f"depends on the longest text of a batch beyond {longest}: leave the pair out "
                 "(load_step_pairs(..., max_tokens=...))"
             )
-        tokens = tokens_of_pair(pair, share)
-        if tokens > args.max_tokens_per_batch:
-            raise StepDPOError(
-                f"{name}: pair {pair.id!r} takes {tokens} tokens, more than max_tokens_per_batch="
-                f"{args.max_tokens_per_batch}: raise it, or leave the pair out (load_step_pairs(..., max_tokens=...))"
-            )
+        for what, size, budget in zip(
+            ("tokens", "keys"),
+            size_of_pair(pair, share),
+            (args.max_tokens_per_batch, args.max_keys_per_batch),
+            strict=True,
+        ):
+            if budget is not None and size > budget:
+                raise StepDPOError(
+                    f"{name}: pair {pair.id!r} takes {size} {what}, more than max_{what}_per_batch={budget}: raise it, "
+                    "or leave the pair out (load_step_pairs(..., max_tokens=...))"
+                )
 
 
 def check_adapter(model: nn.Module) -> None:

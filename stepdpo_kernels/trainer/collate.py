@@ -81,22 +81,27 @@ class StepCollator:
     `PackedBatch.pair_index` of the result counts through the dataset, not through the step.
     """
 
-    def __init__(self, max_tokens: int, share: str, *, rank: int = 0, world_size: int = 1) -> None:
-        self.max_tokens, self.share, self.rank, self.world_size = max_tokens, share, rank, world_size
+    def __init__(
+        self, max_tokens: int, share: str, max_keys: int | None = None, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.max_tokens, self.share, self.max_keys = max_tokens, share, max_keys
+        self.rank, self.world_size = rank, world_size
 
     def __call__(self, items: Sequence[tuple[int, StepPair]]) -> list[PackedBatch]:
         numbers = torch.tensor([number for number, _ in items], dtype=torch.int64)
         pairs = [pair for _, pair in items]
-        bins = plan_ranks(pairs, self.max_tokens, self.world_size, share=self.share)[self.rank]
-        batches = [build_batch(pairs, indices, self.share) for indices in bins]
+        plans = plan_ranks(pairs, self.max_tokens, self.world_size, share=self.share, max_keys=self.max_keys)
+        batches = [build_batch(pairs, indices, self.share) for indices in plans[self.rank]]
         return [replace(batch, pair_index=numbers[batch.pair_index]) for batch in batches]
 
     def of_process(self, args: TrainingArguments) -> StepCollator:
         """The same for this process's share of a step."""
-        return StepCollator(self.max_tokens, self.share, rank=args.process_index, world_size=args.world_size)
+        ranks = {"rank": args.process_index, "world_size": args.world_size}
+        return StepCollator(self.max_tokens, self.share, self.max_keys, **ranks)
 
 
 def step_sampler(dataset: IndexedPairs, pairs_per_step: int, args: TrainingArguments, **order: Any) -> StepSampler:
+    """Of a configuration; "sequential" is a seed of None in `order`."""
     sampling = "grouped" if args.train_sampling_strategy == "grouped" else "shuffle"
     return StepSampler(dataset.pairs, pairs_per_step, sampling=sampling, **order)
 

@@ -84,6 +84,13 @@ class StepDPOConfig(TrainingArguments):
     max_tokens_per_batch: int = field(
         default=8192, metadata={"help": "Token budget of one forward pass; shared tokens count once."}
     )
+    max_keys_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Second budget of one forward pass, for attention that gathers keys (flash, varlen): tokens on all "
+            "root-to-leaf paths. By default there is none."
+        },
+    )
     share: str = field(
         default="tree", metadata={"help": "Which prefixes are encoded once: tree (all), pair (of a pair), none."}
     )
@@ -118,8 +125,10 @@ class StepDPOConfig(TrainingArguments):
             raise StepDPOError(str(error)) from None
         if loss.reference_free:
             self.reference = "none"
-        if self.max_tokens_per_batch < 1:
-            raise StepDPOError(f"max_tokens_per_batch must be at least 1, got {self.max_tokens_per_batch}")
+        for name in ("max_tokens_per_batch", "max_keys_per_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise StepDPOError(f"{name} must be at least 1, got {value}")
         if self.remove_unused_columns:
             raise StepDPOError("remove_unused_columns must be False: step pairs have no columns")
         # Trainer asks for use_cpu before it takes bf16 there; without an accelerator there is nothing else to mean.

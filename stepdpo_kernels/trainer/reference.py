@@ -97,6 +97,7 @@ def _kernels() -> str:
     found = {
         "impl": os.environ.get("STEPDPO_IMPL", ""),
         "extension": find_spec("stepdpo_kernels._C") is not None,
+        "attention": [name for name in ("flash_attn", "flash_attn_interface") if find_spec(name) is not None],
         "threads": torch.get_num_threads(),
         "matmul": torch.get_float32_matmul_precision(),
     }

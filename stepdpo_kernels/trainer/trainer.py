@@ -129,7 +129,7 @@ class StepDPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=StepCollator(args.max_tokens_per_batch, args.share),
+            data_collator=StepCollator(args.max_tokens_per_batch, args.share, args.max_keys_per_batch),
             train_dataset=None if train_dataset is None else IndexedPairs(train_dataset),
             eval_dataset=None if eval_dataset is None else IndexedPairs(eval_dataset),
             processing_class=processing_class,
@@ -175,6 +175,7 @@ class StepDPOTrainer(Trainer):
             device=args.device.type,
             world=args.world_size,
             max_tokens_per_batch=args.max_tokens_per_batch,
+            max_keys_per_batch=args.max_keys_per_batch,
             share=args.share,
             **head_options(model),
             **(

@@ -292,6 +292,14 @@ def test_i9_trainer_datasets(tiny_model, tmp_path, data, message):
         assert entries(tmp_path) == []
 
 
+def test_i9_a_pair_beyond_the_budget_of_keys(tiny_model, tmp_path):
+    pairs = [StepPair([1] * 90, [5, 6, 7], [3, 4], id="long")]
+    with pytest.raises(StepDPOError, match="pair 'long' takes 183 keys, more than max_keys_per_batch=182"):
+        StepDPOTrainer(tiny_model(), make_config(tmp_path, max_keys_per_batch=182), pairs)
+    with pytest.raises(StepDPOError, match="max_keys_per_batch must be at least 1, got 0"):
+        make_config(tmp_path, max_keys_per_batch=0)
+
+
 def test_i9_trainer_evaluation_dataset(tiny_model, pairs, tmp_path):
     with pytest.raises(StepDPOError, match="eval_dataset must be a sequence of StepPair, but its item 0 is a str"):
         StepDPOTrainer(tiny_model(), make_config(tmp_path), pairs, eval_dataset={"held out": pairs})

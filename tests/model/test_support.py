@@ -169,7 +169,9 @@ def test_positions_that_depend_on_the_batch_are_bounded(tiny_model: Make, kind: 
     alone = model.base_model(input_ids=batch.input_ids[path][None], use_cache=False).last_hidden_state[0]
     torch.testing.assert_close(hidden[path], alone, rtol=1e-4, atol=1e-4)
     longer = type(pairs[0])([*pairs[0].prefix_ids, *range(3, 40)], [5, 6], [7], id="long")
-    with pytest.raises(StepDPOError, match=r"a branch of 47 tokens is longer than 40, .* the longest text in a batch"):
+    with pytest.raises(
+        StepDPOError, match=r"a branch of 47 encoded tokens is longer than 40, .* the longest text in a batch"
+    ):
         packed_forward(model, build_batch([longer], [0], "tree"))
 
 
@@ -233,8 +235,9 @@ def test_prompt_tuning_is_refused(tiny_model: Make) -> None:
     from peft import PromptTuningConfig, get_peft_model
 
     model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(StepDPOError):
-        packed_forward(model, build_batch(nested_pairs(), [0], "tree"))
+    for wrapped in (model, nn.ModuleDict({"module": model})):
+        with pytest.raises(StepDPOError, match="PROMPT_TUNING puts virtual tokens before every text"):
+            packed_forward(wrapped, build_batch(nested_pairs(), [0], "tree"))
 
 
 def test_the_check_allocates_and_changes_nothing(tiny_model: Make) -> None:

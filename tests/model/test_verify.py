@@ -34,7 +34,7 @@ Make = Callable[..., PreTrainedModel]
 UNTESTED: dict[str, dict[str, Any]] = {
     "arcee": {},
     "glm4": {},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0.0},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "gpt_neox": {},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "phi": {},
@@ -156,27 +156,44 @@ def test_a_model_that_is_wrong_is_noticed(
         verify_first_batch(model, _batch(512))
 
 
-def test_a_mixer_that_nobody_has_heard_of_is_noticed(tiny_model: Make) -> None:
-    class Leaky(nn.Module):
-        """Adds to every token a part of the one before it in packed order."""
+class Leaky(nn.Module):
+    """Adds to every token a part of the one before it in packed order."""
 
-        def __init__(self, mlp: nn.Module) -> None:
-            super().__init__()
-            self.mlp = mlp
+    def __init__(self, mlp: nn.Module, part: float) -> None:
+        super().__init__()
+        self.mlp, self.part = mlp, part
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.mlp(x) + 0.1 * torch.nn.functional.pad(x, (0, 0, 1, -1))
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.mlp(x) + self.part * torch.nn.functional.pad(x, (0, 0, 1, -1))
+        return mixed
 
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layers", [2, 32])
+def test_a_mixer_that_nobody_has_heard_of_is_noticed(tiny_model: Make, layers: int, dtype: torch.dtype) -> None:
+    # of 60 tokens of a step one is wrong, which a mean over all would hide
+    pairs = [make_pair([*range(1, 61)], [*range(60 + i, 120 + i)], [*range(200 + i, 260 + i)]) for i in (0, 70, 140)]
+    batch = build_batch(pairs, range(3), "tree")
+    model: Any = tiny_model(num_hidden_layers=layers, dtype=dtype)
+    assert verify_first_batch(model, batch)
+    model.model.layers[0].mlp = Leaky(model.model.layers[0].mlp, 0.1)
+    with pytest.raises(StepDPOError, match=r"differ by|move by up to .* when only tokens of other"):
+        verify_first_batch(model, batch)
+
+
+def test_a_class_of_ones_own_is_compared(tiny_model: Make, calls: list[bool]) -> None:
     model: Any = tiny_model()
-    model.model.layers[0].mlp = Leaky(model.model.layers[0].mlp)
-    with pytest.raises(StepDPOError, match="differ by"):
-        verify_first_batch(model, _batch(512))
+    own = type("MyLlama", (type(model),), {"__module__": "my_models"})
+    model.__class__ = own
+    assert not is_tested(model)
+    packed_forward(model, _batch())
+    assert calls == [True]
 
 
-def test_pairs_without_two_steps_are_not_compared(calls: list[bool]) -> None:
+def test_pairs_of_one_step_are_compared_where_there_are_no_others(calls: list[bool]) -> None:
     model = small_model("gpt_neox")
-    one_sided = [make_pair([1, 2, 3], [4, 5], []), make_pair([1, 2], [], []), make_pair([7], [8], [9, 10])]
-    packed_forward(model, build_batch(one_sided, [0, 1], "tree"))
+    one_sided = [make_pair([1, 2, 3], [4, 5], []), make_pair([1, 2], [], []), make_pair([7], [], [9, 10])]
+    packed_forward(model, build_batch(one_sided, [1], "tree"))
     packed_forward(model, build_batch(one_sided, [0, 1, 2], "tree"))
     packed_forward(model, build_batch(one_sided, [0], "tree"))
     assert calls == [False, True]

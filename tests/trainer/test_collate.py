@@ -58,7 +58,14 @@ def test_processes_share_a_step(pairs, share, world_size):
     counts = [len(own) for own in plans]
     assert max(counts) - min(counts) <= 1
     tokens = [sum(batch.num_tokens for batch in own) for own in plans]
-    assert max(tokens) - min(tokens) <= 250
+    assert max(tokens) - min(tokens) <= max(batch.num_tokens for own in plans for batch in own)
+
+
+def test_a_budget_of_keys(pairs):
+    step = [IndexedPairs(pairs)[i] for i in range(len(pairs))]
+    free, bounded = StepCollator(10_000, "tree")(step), StepCollator(10_000, "tree", 400)(step)
+    assert max(batch.plan.keys.index.numel() for batch in bounded) <= 400 < free[0].plan.keys.index.numel()
+    assert sorted(i for batch in bounded for i in batch.pair_index.tolist()) == list(range(len(pairs)))
 
 
 def test_workers_pack(pairs):

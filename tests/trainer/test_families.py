@@ -69,7 +69,12 @@ def test_the_comparison_can_be_asked_for(tiny_model, pairs, config, monkeypatch,
 def test_a_pair_beyond_a_bounded_rotary_embedding_is_refused(tiny_model, config):
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = tiny_model(rope_parameters=rope, max_position_embeddings=16)
-    fits, long = StepPair(range(3, 15), [4, 5, 6, 7], [8]), StepPair(range(3, 15), [4], [5, 6, 7, 8, 9], id="long")
+    fits, long = (
+        StepPair(range(3, 15), [4, 5, 6, 7, 8], [9]),
+        StepPair(range(3, 15), [4], [5, 6, 7, 8, 9, 10], id="long"),
+    )
     StepDPOTrainer(model, config(), [fits])
-    with pytest.raises(StepDPOError, match=r"train_dataset: pair 'long' has a branch of 17 tokens, .* from 16 on"):
+    with pytest.raises(
+        StepDPOError, match=r"train_dataset: pair 'long' has a branch of 17 encoded tokens, .* beyond 16"
+    ):
         StepDPOTrainer(model, config(), [fits, long])
