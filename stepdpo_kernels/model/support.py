@@ -84,7 +84,7 @@ def why_not(model: Any) -> list[str]:
     lm = causal_lm(model)
     config = lm.config
     reasons = []
-    adapter = getattr(_unwrapped(model), "active_peft_config", None)
+    adapter: Any = getattr(_unwrapped(model), "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         reasons.append(
             f"{adapter.peft_type.value} puts virtual tokens before every text, which packing would "
