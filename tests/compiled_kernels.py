@@ -4,7 +4,8 @@
 
 The launchers run as they do on a GPU, up to the launch: Triton's own specialisation decides what is compiled. Prints a
 line of JSON for each kernel and target and ends with status 1 if any of them spills (attention with Triton before 3.9:
-more than 40), does not fit, or does its products without tensor cores. Not under Triton's interpreter: a kernel is interpreted or compiled for the life of a process.
+more than 40), does not fit, or does its products without tensor cores. Not under Triton's interpreter: a kernel is
+interpreted or compiled for the life of a process.
 """
 
 from __future__ import annotations
