@@ -140,7 +140,8 @@ def _dot(a, b, total, UPCAST: tl.constexpr):
     # The interpreter multiplies the bits of bfloat16 as integers, and adds float32 in an order that depends on the
     # tile's shape: z would differ between kernels. A GPU adds over the head in one order.
     if UPCAST:
-        return tl.dot(a.to(tl.float64), b.to(tl.float64), total.to(tl.float64)).to(tl.float32)
+        wide = tl.dot(a.to(tl.float64), b.to(tl.float64), total.to(tl.float64), out_dtype=tl.float64)
+        return wide.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
 
 
