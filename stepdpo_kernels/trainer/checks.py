@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from stepdpo_kernels.data import check_vocabulary
-from stepdpo_kernels.model import causal_lm, max_path
+from stepdpo_kernels.model import causal_lm, head_options, max_path
 from stepdpo_kernels.packing import size_of_pair
 from stepdpo_kernels.trainer.config import StepDPOConfig
 from stepdpo_kernels.types import StepDPOError, StepPair
@@ -41,7 +41,7 @@ _REFUSED_SETTINGS = (
     "bf16_full_eval",
     "fp16_full_eval",
 )
-_REFUSED_ARGUMENTS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "data_collator")
+_REFUSED_ARGUMENTS = ("compute_loss_func", "preprocess_logits_for_metrics", "data_collator")
 
 
 def check_options(args: StepDPOConfig, trainer_options: dict[str, Any]) -> None:
@@ -100,6 +100,30 @@ def check_pairs(pairs: Sequence[StepPair], name: str, model: nn.Module, args: St
                     f"{name}: pair {pair.id!r} takes {size} {what}, more than max_{what}_per_batch={budget}: raise it, "
                     "or leave the pair out (load_step_pairs(..., max_tokens=...))"
                 )
+
+
+def check_reference(model: nn.Module, ref_model: nn.Module | None, args: StepDPOConfig) -> None:
+    """Raises StepDPOError for a reference that is not there, that nobody would ask, or with other logits."""
+    has_adapter = hasattr(model, "disable_adapter")
+    if args.reference == "adapter_off" and not has_adapter:
+        raise StepDPOError("reference='adapter_off' needs an adapter: pass a peft_config, or take 'precomputed'")
+    if args.reference == "model" and ref_model is None and has_adapter:
+        raise StepDPOError(
+            "reference='model' needs a ref_model where the model has an adapter; 'adapter_off' takes no second model"
+        )
+    if ref_model is None:
+        return
+    if args.reference == "none":
+        raise StepDPOError("ref_model: this loss has no reference (reference='none', loss_type='simpo'); leave it out")
+    if args.reference == "adapter_off":
+        raise StepDPOError("ref_model: with reference='adapter_off' nobody would ask it; leave it out")
+    if causal_lm(ref_model) is causal_lm(model) and args.reference == "model":
+        raise StepDPOError("ref_model: it is the model itself, which is about to change; leave it out for a copy")
+    if head_options(ref_model) != head_options(model):
+        raise StepDPOError(
+            f"ref_model: its logits are transformed by {head_options(ref_model)}, those of the model by "
+            f"{head_options(model)}: they are not of one family"
+        )
 
 
 def check_adapter(model: nn.Module) -> None:

@@ -12,8 +12,9 @@ from stepdpo_kernels.loss import LOSS_TYPES, StepDPOLoss
 from stepdpo_kernels.packing import SHARE_MODES
 from stepdpo_kernels.types import StepDPOError
 
-REFERENCES = ("precomputed", "none")
+REFERENCES = ("precomputed", "adapter_off", "model", "none")
 ORDERS = ("random", "grouped", "sequential")
+ON_NONFINITE = ("stop", "skip")
 
 
 PAIRS_PER_STEP = 128  # of the released scripts, over all processes
@@ -104,11 +105,19 @@ class StepDPOConfig(TrainingArguments):
     reference: str = field(
         default="precomputed",
         metadata={
-            "help": "Reference log-probs: precomputed (once, cached on disk) or none (reference-free; simpo always)."
+            "help": "Reference log-probs: precomputed (once, cached on disk); in every step from the model without its "
+            "PEFT adapter (adapter_off) or from a frozen second model (model); none (reference-free; simpo always)."
         },
     )
     reference_cache_dir: str | None = field(
         default=None, metadata={"help": "Where reference log-probs are cached. Default: the user's cache folder."}
+    )
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "Where a loss or gradient is not finite, beside naming the pairs: stop, before the weights change, "
+            "or skip the optimiser step."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -116,6 +125,7 @@ class StepDPOConfig(TrainingArguments):
             ("share", SHARE_MODES),
             ("reference", REFERENCES),
             ("train_sampling_strategy", ORDERS),
+            ("on_nonfinite", ON_NONFINITE),
         ):
             if getattr(self, name) not in choices:
                 raise StepDPOError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")

@@ -14,6 +14,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -70,6 +71,11 @@ def weights_fingerprint(model: nn.Module, *, with_adapter: bool = True) -> str:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def frozen(model: Any, *, copied: bool) -> Any:
+    """A model, or a copy of it with weights of its own, for reading alone."""
+    return (deepcopy(model) if copied else model).requires_grad_(False).eval()
 
 
 def pairs_fingerprint(pairs: Sequence[StepPair]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -10,11 +11,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, rotate_checkpoints
 
 from stepdpo_kernels.loss import StepDPOOutput
 from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward, head_options
@@ -23,6 +25,7 @@ from stepdpo_kernels.trainer.checks import (
     check_distribution,
     check_options,
     check_pairs,
+    check_reference,
     check_tokenizer,
     refuse_mode,
     warn_of_lost_updates,
@@ -31,9 +34,11 @@ from stepdpo_kernels.trainer.collate import IndexedPairs, SetEpoch, StepCollator
 from stepdpo_kernels.trainer.config import StepDPOConfig
 from stepdpo_kernels.trainer.loading import load_model
 from stepdpo_kernels.trainer.meter import Meter
+from stepdpo_kernels.trainer.nonfinite import check_finite, culprits, finite_losses
 from stepdpo_kernels.trainer.reference import (
     cache_key,
     compute_ref_logps,
+    frozen,
     key_differences,
     load_or_compute,
     weights_fingerprint,
@@ -48,6 +53,8 @@ from stepdpo_kernels.trainer.run_folder import (
     write_run_file,
 )
 from stepdpo_kernels.types import PackedBatch, StepDPOError, StepPair
+
+logger = logging.getLogger("stepdpo_kernels")
 
 # Modes of accelerate in which an uneven number of forward passes would hang a collective.
 _REFUSED_MODES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
@@ -66,13 +73,20 @@ class StepDPOTrainer(Trainer):
         train_dataset: a sequence of StepPair, for example what `load_step_pairs` gives.
         processing_class: the tokenizer, saved beside the model; its vocabulary must fit the model's.
         ref_model: the frozen reference. None: the model as it is at the start (without its adapter, for PEFT).
+            `args.reference` says whether it is asked once, before training, or in every step.
         peft_config: a peft configuration to wrap the model with.
         eval_dataset: a sequence of StepPair to evaluate on.
+        compute_metrics: called after an evaluation with a `transformers.EvalPrediction` over the pairs in their order:
+            predictions are (rewards, log-probs), each (N, 2), chosen and rejected, float32; label_ids is (N,) zeros,
+            the column to prefer. What it returns is logged with the prefix of the evaluation.
         **trainer_options: further arguments of `transformers.Trainer`, such as callbacks or optimizers.
 
     Logged, as means over the pairs since the last log: loss, rewards/chosen, rewards/rejected, rewards/margins,
     rewards/accuracies, logps/chosen, logps/rejected (nats), tokens/saved (share of the tokens that unshared branches
     would take), tokens/batch (encoded a forward pass), pairs_per_second, and Trainer's own.
+
+    A loss or gradient that is not finite is reported with the ids of its pairs before the weights change, and
+    StepDPOError raised, or the optimiser step skipped (`on_nonfinite`).
 
     Raises StepDPOError, before anything is written, for a model that cannot be packed, a pair over the token budget or
     with tokens that the model lacks, an empty dataset, an option of Trainer that would have no effect here or has not
@@ -115,17 +129,11 @@ class StepDPOTrainer(Trainer):
                 check_adapter(either)
                 enable_packed_forward(either, verify=args.verify_first_batch)
         warn_of_lost_updates(model)
-        self.ref_model = ref_model
         self.loss = args.build_loss(**head_options(model))
-        if ref_model is not None and self.loss.reference_free:
-            raise StepDPOError(
-                "ref_model: this loss has no reference (reference='none', loss_type='simpo'); leave it out"
-            )
-        if ref_model is not None and head_options(ref_model) != head_options(model):
-            raise StepDPOError(
-                f"ref_model: its logits are transformed by {head_options(ref_model)}, those of the model by "
-                f"{head_options(model)}: they are not of one family"
-            )
+        check_reference(model, ref_model, args)
+        if args.reference == "model":
+            ref_model = frozen(model if ref_model is None else ref_model, copied=ref_model is None)
+        self.ref_model = ref_model
         super().__init__(
             model=model,
             args=args,
@@ -139,7 +147,11 @@ class StepDPOTrainer(Trainer):
         if mode in _REFUSED_MODES:
             refuse_mode(mode)
         self.add_callback(SetEpoch)
+        if ref_model is not None and args.reference == "model":
+            ref_model.to(args.device)
         self._meter = Meter()
+        self._parts: list[tuple[PackedBatch, StepDPOOutput]] = []  # forward passes of the step in progress
+        self._steps, self._skipped = 0, 0  # since the last log
         self._staging: Path | None = None
         self._reference_keys: dict[str, dict[str, str]] = {}
         self._references_ready = False
@@ -163,8 +175,6 @@ class StepDPOTrainer(Trainer):
         """Reference log-probs of a dataset, in the forests in which its dataloader first gives its pairs."""
         args = self.args
         model = self.model if self.ref_model is None else self.ref_model
-        # The policy of PEFT without its adapter is the reference; an adapter of ref_model is part of it.
-        without_adapter = getattr(model, "disable_adapter", nullcontext) if self.ref_model is None else nullcontext
         key = cache_key(
             weights_fingerprint(model, with_adapter=self.ref_model is not None),
             dataset.pairs,
@@ -189,7 +199,7 @@ class StepDPOTrainer(Trainer):
             ),
         )
         self._reference_keys[name] = key
-        if self.loss.reference_free:
+        if args.reference != "precomputed":
             return
 
         def table_of(steps: Iterable[list[PackedBatch]]) -> Tensor:
@@ -199,16 +209,38 @@ class StepDPOTrainer(Trainer):
         def compute() -> Tensor:
             # The order of training must be the same whether this pass ran or a cache was read.
             gpus = [args.device] if args.device.type == "cuda" else []
-            with without_adapter(), torch.random.fork_rng(devices=gpus), self._on_device(model):
+            with torch.random.fork_rng(devices=gpus), self._on_device(model), self._as_reference():
                 table = table_of(dataloader())
                 left = table.isnan().any(dim=1)  # pairs that dataloader_drop_last keeps out of the first epoch
                 if left.any():
                     step = self.data_collator([dataset[i] for i in left.nonzero()[:, 0].tolist()])
                     table[left] = table_of([step])[left]
+            check_finite(table, dataset.pairs, f"{name}_dataset")
             return table
 
         table = load_or_compute(args.reference_cache_dir, key, compute, self.accelerator)
         dataset.ref_logps = table.to(args.device)
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[nn.Module]:
+        """The reference: ref_model with its adapters, or the policy without its own."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        with getattr(self.model, "disable_adapter", nullcontext)():
+            yield self.model
+
+    def _ref_logps(self, batch: PackedBatch, dataset: IndexedPairs) -> Tensor | None:  # (2P,)
+        """The reference's branch log-probs of a batch: from the table, or computed now.
+
+        To be called outside the autocast of the policy's forward, which would keep weights cast without gradients.
+        """
+        if self.loss.reference_free:
+            return None
+        if dataset.ref_logps is not None:
+            return dataset.ref_logps[batch.pair_index].T.reshape(-1)
+        with torch.no_grad(), self._as_reference() as reference:
+            return self._logps(reference, batch)
 
     @contextmanager
     def _on_device(self, model: nn.Module) -> Iterator[None]:
@@ -290,19 +322,52 @@ class StepDPOTrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         num_pairs = self._pairs_per_process(inputs)
+        self._parts = []
         total = torch.zeros((), device=self.args.device)
         batches = inputs or self._nothing()
         for i, batch in enumerate(batches):
             batch = batch.to(self.args.device)
             is_last = i == len(batches) - 1
+            ref_logps = self._ref_logps(batch, self.train_dataset)
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    output = self._packed_loss(model, batch, self.train_dataset, num_pairs)
+                    output = self._packed_loss(model, batch, ref_logps, num_pairs)
                 self.accelerator.backward(output.loss)
             if inputs:
-                total += output.loss.detach()
+                output = replace(output, loss=output.loss.detach())
+                total += output.loss
+                self._parts.append((batch, output))
+        # a loss that is not finite is dealt with where the gradient's norm is known, and must not stay in the sum
+        return total.nan_to_num(0.0, 0.0, 0.0) if self.args.on_nonfinite == "skip" else total
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As Trainer's, called between backward and the update: where something is not finite there is no update."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._steps += 1
+        finite = finite_losses(self._parts, self.args.device)
+        if not self.args.fp16:  # whose gradients overflow now and then, which its scaler answers
+            finite = finite * torch.as_tensor(norm, device=self.args.device).isfinite().to(finite)
+        if self.args.world_size > 1:
+            finite = self.accelerator.reduce(finite, reduction="sum") / self.args.world_size
+        if float(finite) == 1:
+            for batch, output in self._parts:
                 self._meter.add(batch, output)
-        return total
+            return norm
+        self._refuse_update(model)
+        return None
+
+    def _refuse_update(self, model: nn.Module) -> None:
+        """Names the pairs of this process and stops, or empties the gradients so that the optimiser changes nothing."""
+        what = culprits(self._parts, self.train_dataset.pairs) if self._parts else "not by a pair of this process"
+        where = f"step {self.state.global_step + 1}: not finite: {what}"
+        if self.args.on_nonfinite == "stop":
+            raise StepDPOError(
+                f"{where}; the weights are those of the step before. Leave the pairs out, lower the learning rate, or "
+                "pass over such steps with on_nonfinite='skip'"
+            )
+        logger.warning("%s; this step is skipped", where)
+        self._skipped += 1
+        model.zero_grad(set_to_none=True)
 
     def _nothing(self) -> list[PackedBatch]:
         """For a process without a pair in this step, which must still take part in the sum of gradients: with zeros."""
@@ -318,10 +383,8 @@ class StepDPOTrainer(Trainer):
         return float(total) / self.args.world_size
 
     def _packed_loss(
-        self, model: nn.Module, batch: PackedBatch, dataset: IndexedPairs, num_pairs: float
+        self, model: nn.Module, batch: PackedBatch, ref_logps: Tensor | None, num_pairs: float
     ) -> StepDPOOutput:
-        ref_logps = None if dataset.ref_logps is None else dataset.ref_logps[batch.pair_index].T.reshape(-1)  # (2P,)
-
         def head(hidden: Tensor, lm_head: nn.Linear) -> StepDPOOutput:
             return self.loss.packed(hidden, lm_head.weight, batch, ref_logps, bias=lm_head.bias, num_pairs=num_pairs)
 
@@ -343,6 +406,14 @@ class StepDPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._meter.drain(self.accelerator))
+            if self._skipped:
+                taken = self._steps - self._skipped
+                if taken:
+                    logs["loss"] *= self._steps / taken  # it was the mean over all steps, the skipped ones as 0
+                else:
+                    del logs["loss"]
+                logs["steps/skipped"] = self._skipped
+            self._steps, self._skipped = 0, 0
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -366,7 +437,8 @@ class StepDPOTrainer(Trainer):
             check_pairs(eval_dataset, "eval_dataset", self.model, self.args)
             eval_dataset = IndexedPairs(eval_dataset)
             if not self.loss.reference_free:
-                if self.ref_model is None and self.state.global_step > 0:
+                gone = self.ref_model is None and self.args.reference == "precomputed"
+                if gone and self.state.global_step > 0:
                     raise StepDPOError("eval_dataset: give it to StepDPOTrainer at the start, or pass a ref_model")
                 self._fill_ref_logps("eval", eval_dataset, partial(self.get_eval_dataloader, eval_dataset))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -382,20 +454,28 @@ class StepDPOTrainer(Trainer):
     ) -> EvalLoopOutput:
         # Not the wrapped model: processes may have different numbers of forward passes here.
         self.model.eval()
+        dataset: IndexedPairs = dataloader.dataset  # type: ignore[assignment]
+        table = torch.zeros(len(dataset), 4, device=self.args.device)  # rewards, then log-probs
         meter = Meter()
         meter.start()
         for batch in chain.from_iterable(dataloader):
             batch = batch.to(self.args.device)
+            ref_logps = self._ref_logps(batch, dataset)
             with self.compute_loss_context_manager():
-                meter.add(batch, self._packed_loss(self.model, batch, dataloader.dataset, num_pairs=1))  # type: ignore[arg-type]
-        means = meter.drain(self.accelerator, losses_are_sums=True)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        return EvalLoopOutput(
-            predictions=None,
-            label_ids=None,
-            metrics=metrics,
-            num_samples=len(dataloader.dataset),  # type: ignore[arg-type]
-        )
+                output = self._packed_loss(self.model, batch, ref_logps, num_pairs=1)
+            meter.add(batch, output)
+            parts = (output.chosen_rewards, output.rejected_rewards, output.chosen_logps, output.rejected_logps)
+            table[batch.pair_index] = torch.stack(parts, dim=1).float()
+        metrics = meter.drain(self.accelerator, losses_are_sums=True)
+        rewards, logps = self.accelerator.reduce(table, reduction="sum").cpu().numpy().reshape(-1, 2, 2).swapaxes(0, 1)
+        predictions, label_ids = (rewards, logps), np.zeros(len(dataset), dtype=np.int64)
+        if self.compute_metrics is not None:
+            metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=label_ids))
+        prefixed = {
+            name if name.startswith(f"{metric_key_prefix}_") else f"{metric_key_prefix}_{name}": value
+            for name, value in metrics.items()
+        }
+        return EvalLoopOutput(predictions=predictions, label_ids=label_ids, metrics=prefixed, num_samples=len(dataset))
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 

@@ -101,6 +101,32 @@ def test_i2_with_lora(tiny_model, pairs, tmp_path, bf16, checkpointing):
     check_start(seen, losses(trainer), len(pairs))
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("reference", ["adapter_off", "model"])
+def test_i2_with_the_reference_asked_in_every_step(tiny_model, pairs, tmp_path, bf16, checkpointing, reference):
+    """Then in every epoch, whatever forests it draws."""
+    from peft import LoraConfig
+
+    config = make_config(
+        tmp_path,
+        reference=reference,
+        learning_rate=0.0,
+        bf16=bf16,
+        gradient_checkpointing=checkpointing,
+        num_train_epochs=2,
+    )
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if reference == "adapter_off" else None
+    trainer = StepDPOTrainer(tiny_model(), config, pairs, peft_config=lora, eval_dataset=pairs[:5])
+    seen = watch(trainer)
+    trainer.train()
+    half = next(i for i in range(len(seen)) if sum(batch.num_pairs for batch, _, _ in seen[:i]) == len(pairs))
+    for epoch, logged in ((seen[:half], losses(trainer)[:6]), (seen[half:], losses(trainer)[6:])):
+        check_start(epoch, logged, len(pairs))
+    seen.clear()
+    check_start(seen, [trainer.evaluate()["eval_loss"]], 5)
+
+
 def test_i2_with_a_reference_model_of_its_own(tiny_model, pairs, tmp_path):
     config = make_config(tmp_path, learning_rate=0.0, bf16=True)
     trainer = StepDPOTrainer(tiny_model(), config, pairs, ref_model=tiny_model())

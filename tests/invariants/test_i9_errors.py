@@ -185,7 +185,7 @@ def test_i9_tokenizer_with_more_tokens_than_the_model(refused, tiny_model, tiny_
         (["--beta", "0"], "beta must be positive and finite, got 0.0"),
         (["--beta"], "argument --beta: expected one argument"),
         (["--share", "trees"], "share must be one of tree, pair, none, got 'trees'"),
-        (["--reference", "cached"], "reference must be one of precomputed, none, got 'cached'"),
+        (["--reference", "cached"], "reference must be one of precomputed, adapter_off, model, none, got 'cached'"),
         (["--loss_type", "kto"], "loss_type must be one of sigmoid, robust, hinge, ipo, simpo, got 'kto'"),
         (["--pairs_per_step", "0"], "pairs_per_step must be a positive multiple of the 1 processes, got 0"),
         (["--template", "vicuna"], "template"),
@@ -350,7 +350,7 @@ def test_i9_options_that_would_replace_or_skip_our_forward(tiny_model, pairs, tm
     assert entries(tmp_path) == ["pairs.jsonl"]
 
 
-@pytest.mark.parametrize("option", ["compute_metrics", "compute_loss_func", "data_collator"])
+@pytest.mark.parametrize("option", ["preprocess_logits_for_metrics", "compute_loss_func", "data_collator"])
 def test_i9_arguments_that_would_have_no_effect(tiny_model, pairs, tmp_path, option):
     with pytest.raises(StepDPOError, match=f"{option}: not supported by StepDPOTrainer"):
         StepDPOTrainer(tiny_model(), make_config(tmp_path), pairs, **{option: print})

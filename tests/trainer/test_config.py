@@ -84,7 +84,7 @@ def test_bfloat16_on_a_cpu_needs_no_further_option(make):
         ({"beta": float("nan")}, "beta must be positive and finite, got nan"),
         ({"share": "trees"}, "share must be one of tree, pair, none, got 'trees'"),
         ({"share": None}, "share must be one of tree, pair, none, got None"),
-        ({"reference": "cached"}, "reference must be one of precomputed, none, got 'cached'"),
+        ({"reference": "cached"}, "reference must be one of precomputed, adapter_off, model, none, got 'cached'"),
         ({"loss_type": "dpo"}, "loss_type must be one of sigmoid, robust, hinge, ipo, simpo, got 'dpo'"),
         ({"loss_type": "robust"}, "loss_type 'robust' needs label_smoothing"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "loss_type 'ipo' has no label_smoothing, got 0.1"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from transformers import EvalPrediction
 
 from stepdpo_kernels.data import StepPairDataset
 from stepdpo_kernels.packing import pack_pairs
@@ -183,3 +185,32 @@ def test_time_includes_packing(tiny_model, pairs, config, monkeypatch):
     rates = [entry["pairs_per_second"] for entry in trainer.state.log_history if "loss" in entry]
     # 4 pairs in at least 0.1 s; one batch is fetched ahead, so the last step waits for none.
     assert all(rate < 40 for rate in rates[:-1]), rates
+
+
+def test_metrics_of_ones_own(tiny_model, weighted, config):
+    """They see every pair in the order of the dataset, whatever order it was evaluated in, also while training."""
+    seen: list[EvalPrediction] = []
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        seen.append(prediction)
+        rewards, logps = prediction.predictions
+        return {
+            "widest": float((rewards[:, 0] - rewards[:, 1]).max()),
+            "eval_already": 1.0,
+            "worst": float(logps.min()),
+        }
+
+    model = tiny_model()
+    args = config(per_device_eval_batch_size=7, eval_strategy="epoch", metric_for_best_model="eval_widest")
+    trainer = StepDPOTrainer(model, args, weighted[:8], eval_dataset=weighted, compute_metrics=compute_metrics)
+    trainer.train()
+    (prediction,) = seen
+    rewards, logps = prediction.predictions
+    expected = plain_logps(model, weighted)
+    np.testing.assert_allclose(logps, expected.T, rtol=1e-5)
+    np.testing.assert_allclose(rewards, 0.4 * (expected - plain_logps(tiny_model(), weighted)).T, rtol=1e-3, atol=1e-4)
+    assert prediction.label_ids.tolist() == [0] * len(weighted)
+    (entry,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert entry["eval_widest"] == pytest.approx((rewards[:, 0] - rewards[:, 1]).max())
+    assert entry["eval_already"] == 1.0
+    assert entry["eval_worst"] == pytest.approx(logps.min())
