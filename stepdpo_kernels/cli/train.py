@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from stepdpo_kernels.data import load_step_pairs
 from stepdpo_kernels.trainer import StepDPOConfig, StepDPOTrainer, load_model, load_tokenizer
-from stepdpo_kernels.trainer.run_folder import check_output_dir
+from stepdpo_kernels.trainer.run_folder import check_output_dir, put_in_place, staged
 from stepdpo_kernels.types import StepDPOError
 
 INTERRUPTED = 130  # exit status, as shells give it for Ctrl-C
@@ -27,6 +27,9 @@ class DataAndModel:
     model: str = field(metadata={"help": "Model to train: a folder, a GGUF file or a hub id."})
     data: str = field(metadata={"help": "Step pairs: JSONL, JSON, Parquet, a folder of such files, or a hub id."})
     eval_data: str | None = field(default=None, metadata={"help": "Step pairs to evaluate on; see eval_strategy."})
+    ref_model: str | None = field(
+        default=None, metadata={"help": "The reference, where it is not the model itself; see reference."}
+    )
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, where it is not the model's."})
     dtype: str = field(
         default="float32",
@@ -41,6 +44,19 @@ class DataAndModel:
     )
     strict: bool = field(default=False, metadata={"help": "Fail at the first pair that would be left out."})
     limit: int | None = field(default=None, metadata={"help": "Read only the first so many records."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter to train; 0 trains the model itself."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Its scale; twice the rank unless given."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Its dropout."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Layers that get one: names, or all-linear, which leaves the head out."},
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the model's linear layers in 4 bits, under a LoRA adapter."}
+    )
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "Also save the model with the adapter merged into it, in OUTPUT_DIR/merged."}
+    )
 
 
 class _Parser(HfArgumentParser):
@@ -73,6 +89,10 @@ def parse(arguments: list[str]) -> tuple[DataAndModel, StepDPOConfig]:
         parser.error(f"unknown option {unknown[0]!r}")
     if config.eval_strategy != "no" and options.eval_data is None:
         parser.error(f"eval_strategy {config.eval_strategy.value!r} needs eval_data")
+    if not options.lora_r:
+        for name in ("load_in_4bit", "merge_adapter", "lora_dropout", "lora_alpha"):
+            if getattr(options, name):
+                parser.error(f"{name} needs an adapter: give lora_r")
     return options, config
 
 
@@ -140,8 +160,10 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
     pairs = load(options.data)
     eval_pairs = None if options.eval_data is None else load(options.eval_data)
     trainer = StepDPOTrainer(
-        model=load_model(options.model, options.dtype),
+        model=load_model(options.model, options.dtype, load_in_4bit=options.load_in_4bit),
         args=config,
+        ref_model=None if options.ref_model is None else load_model(options.ref_model, options.dtype),
+        peft_config=_adapter(options),
         train_dataset=pairs,
         processing_class=tokenizer,
         eval_dataset=eval_pairs,
@@ -149,6 +171,35 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     typer.echo(f"trained {trainer.state.global_step} steps on {len(pairs)} pairs; the model is in {config.output_dir}")
+    if options.merge_adapter and trainer.is_world_process_zero():
+        _save_merged(options, config)
+
+
+def _adapter(options: DataAndModel) -> Any:
+    if not options.lora_r:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=options.lora_r,
+        lora_alpha=2 * options.lora_r if options.lora_alpha is None else options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules="all-linear" if options.lora_target_modules == ["all-linear"] else options.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _save_merged(options: DataAndModel, config: StepDPOConfig) -> None:
+    """Merged into the weights as they are on disk, also where those trained on were quantised."""
+    from peft import PeftModel
+
+    target = Path(config.output_dir) / "merged"
+    model = PeftModel.from_pretrained(load_model(options.model, options.dtype), config.output_dir).merge_and_unload()
+    with staged(config.output_dir) as folder:
+        model.save_pretrained(folder / target.name)
+        load_tokenizer(options.tokenizer or options.model).save_pretrained(folder / target.name)
+        put_in_place(folder / target.name, target)
+    typer.echo(f"the model with its adapter merged is in {target}")
 
 
 def _where_to_resume(output_dir: Path) -> str:

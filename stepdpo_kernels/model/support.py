@@ -102,6 +102,11 @@ def why_not(model: Any) -> list[str]:
             f"its language-model head is a {type(head).__name__}, of which the loss would use the weight alone: take "
             "lm_head out of the adapter's target_modules and modules_to_save"
         )
+    elif not head.weight.is_floating_point():
+        reasons.append(
+            f"its language-model head is quantised to {head.weight.dtype}, and the loss reads its weight: leave it out "
+            "of the quantisation (llm_int8_skip_modules=['lm_head'])"
+        )
     return reasons + _mixers(lm) + _attention(config)
 
 

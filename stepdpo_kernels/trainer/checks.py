@@ -136,6 +136,17 @@ def check_adapter(model: nn.Module) -> None:
         )
 
 
+def keep_layout(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights on the CPU.
+
+    It does so in the first evaluation, for inference, and what is repacked gives no gradient to its input afterwards.
+    """
+    module: Any
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
 def warn_of_lost_updates(model: nn.Module) -> None:
     """Adam moves a weight by about the learning rate; bfloat16 keeps 8 bits of it, so small moves round to nothing."""
     low = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]

@@ -41,10 +41,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return _load(AutoTokenizer.from_pretrained, path, "tokenizer")
 
 
-def load_model(path: str, dtype: str = "float32") -> PreTrainedModel:
+def load_model(path: str, dtype: str = "float32", *, load_in_4bit: bool = False) -> PreTrainedModel:
     """A causal language model for training: dense weights of the given dtype.
 
     dtype: "float32" (what an optimiser should update; compute in bfloat16 by `bf16=True`), "bfloat16" or "float16".
+    load_in_4bit: linear layers but the head in 4 bits, for an adapter to be trained on (QLoRA, Dettmers et al. 2023,
+        arXiv 2305.14314: NF4, quantised constants), multiplied in `dtype`; needs bitsandbytes
     A GGUF model is dequantised. Raises StepDPOError for an unknown dtype, for a place without a model that can be
     read, and for one that lacks some of its weights.
     """
@@ -52,6 +54,8 @@ def load_model(path: str, dtype: str = "float32") -> PreTrainedModel:
         raise StepDPOError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     path = str(Path(path).expanduser()) if path.startswith("~") else path
     gguf = _gguf_of(path)
+    if gguf is not None and load_in_4bit:
+        raise StepDPOError(f"model {path!r}: a GGUF file cannot be loaded in 4 bits: name a transformers folder")
     if gguf is not None:
         from transformers.utils.quantization_config import GgufConfig
 
@@ -63,8 +67,9 @@ def load_model(path: str, dtype: str = "float32") -> PreTrainedModel:
             gguf_file=gguf.name,
             quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
         )
+    options = {"quantization_config": _four_bits(DTYPES[dtype])} if load_in_4bit else {}
     model, info = _load(
-        AutoModelForCausalLM.from_pretrained, path, "model", dtype=DTYPES[dtype], output_loading_info=True
+        AutoModelForCausalLM.from_pretrained, path, "model", dtype=DTYPES[dtype], output_loading_info=True, **options
     )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -73,6 +78,18 @@ def load_model(path: str, dtype: str = "float32") -> PreTrainedModel:
             f"random: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
     return model
+
+
+def _four_bits(dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head"],
+    )
 
 
 def _load(from_pretrained: Callable[..., Any], path: str, what: str, **options: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +14,25 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint
 
 import stepdpo_kernels
 from stepdpo_kernels.types import StepDPOError
 
 RUN_FILE = "stepdpo_run.json"
+_TORCH_SAVE = re.compile("inline_container|PytorchStreamWriter")  # its words for a failed write
+
+
+def check_writable(folder: Path) -> None:
+    """Raises StepDPOError for an output_dir that is a file or that nothing can be put into."""
+    if folder.exists() and not folder.is_dir():
+        raise StepDPOError(f"output_dir {str(folder)!r} is a file: name a folder")
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise StepDPOError(
+            f"output_dir {str(folder)!r} cannot be written to: {str(nearest)!r} is read-only for this user"
+        )
 
 
 def check_output_dir(output_dir: str | os.PathLike[str], resume: str | bool | None) -> Path | None:
@@ -30,8 +44,7 @@ def check_output_dir(output_dir: str | os.PathLike[str], resume: str | bool | No
     nothing to resume, and when the folder holds another run or anything else that this one could overwrite.
     """
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise StepDPOError(f"output_dir {str(folder)!r} is a file: name a folder")
+    check_writable(folder)
     if resume is True:
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         if last is not None:
@@ -89,6 +102,22 @@ def remove_unstarted_run(output_dir: str | os.PathLike[str]) -> None:
     folder = Path(output_dir)
     if not any(folder.glob("checkpoint-*")):
         (folder / RUN_FILE).unlink(missing_ok=True)
+
+
+@contextmanager
+def explained(what: str, output_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """A failure to write becomes a StepDPOError that says what is there to go on from."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _TORCH_SAVE.search(str(error)):
+            raise
+        last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+        left = "there is no checkpoint yet" if last is None else f"the last checkpoint, {last!r}, is as it was"
+        raise StepDPOError(
+            f"{what} could not be written to {str(output_dir)!r}: {error}; {left}. See to space and permissions, then "
+            "go on with resume_from_checkpoint"
+        ) from error
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from stepdpo_kernels.trainer.checks import (
     check_pairs,
     check_reference,
     check_tokenizer,
+    keep_layout,
     refuse_mode,
     warn_of_lost_updates,
 )
@@ -46,6 +47,8 @@ from stepdpo_kernels.trainer.reference import (
 from stepdpo_kernels.trainer.run_folder import (
     RUN_FILE,
     check_output_dir,
+    check_writable,
+    explained,
     put_in_place,
     read_run_file,
     remove_unstarted_run,
@@ -110,6 +113,7 @@ class StepDPOTrainer(Trainer):
             args = StepDPOConfig(output_dir="stepdpo_output")
         if not isinstance(args, StepDPOConfig):
             raise StepDPOError(f"args must be a StepDPOConfig, got {type(args).__name__}")
+        check_writable(Path(args.output_dir))
         check_distribution(args)
         check_options(args, trainer_options)
         if isinstance(model, str):
@@ -127,6 +131,7 @@ class StepDPOTrainer(Trainer):
         for either in (model, ref_model):
             if either is not None:
                 check_adapter(either)
+                keep_layout(either)
                 enable_packed_forward(either, verify=args.verify_first_batch)
         warn_of_lost_updates(model)
         self.loss = args.build_loss(**head_options(model))
@@ -486,7 +491,7 @@ class StepDPOTrainer(Trainer):
         """Saves beside the checkpoints and renames, so that a checkpoint is whole or absent."""
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        with staged(run_dir, owner=self.args.should_save) as folder:
+        with explained(name, run_dir), staged(run_dir, owner=self.args.should_save) as folder:
             self.accelerator.wait_for_everyone()
             self._staging = folder
             try:
@@ -513,7 +518,9 @@ class StepDPOTrainer(Trainer):
         if not self.args.should_save:
             return
         target = Path(output_dir if output_dir is not None else self.args.output_dir)
-        with staged(target) as folder:
+        # a checkpoint's is part of that, which explains
+        explanation = nullcontext() if self._staging is not None else explained("the model", target)
+        with explanation, staged(target) as folder:
             super()._save(str(folder), state_dict)
             for file in sorted(folder.iterdir()):
                 put_in_place(file, target / file.name)

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepdpo_kernels.cli import main
 from stepdpo_kernels.cli.train import parse
+from stepdpo_kernels.types import StepDPOError
 from tests.trainer.training import assert_same_weights, entries, weights, write_jsonl
 
 
@@ -221,6 +222,62 @@ def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(arguments, tmp_path, 
         assert "interrupted before the first checkpoint" in capsys.readouterr().err
         assert not (tmp_path / "deep").exists()
     run(arguments("deep/run"))
+
+
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("options", [{}, {"reference": "adapter_off", "bf16": True}], ids=str)
+def test_an_adapter_and_what_it_is_merged_into(arguments, tiny_model, tmp_path, capsys, options):
+    """PEFT loads the adapter, and the merged model computes what model and adapter do."""
+    from peft import PeftModel
+
+    given = {"lora_r": 4, "lora_alpha": 16, "learning_rate": 1e-2, "merge_adapter": True, **options}
+    run(arguments("run", **given))
+    assert f"the model with its adapter merged is in {tmp_path / 'run' / 'merged'}" in capsys.readouterr().out
+    adapter = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (4, 16)
+    assert {name.rpartition(".")[2] for name in adapter["target_modules"]} == LINEAR
+    adapted = PeftModel.from_pretrained(tiny_model(), tmp_path / "run")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
+    AutoTokenizer.from_pretrained(tmp_path / "run" / "merged")
+    tokens = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        plain, one, other = (model(tokens).logits for model in (tiny_model(), adapted, merged))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(one, plain, rtol=1e-2)
+
+
+def test_layers_of_an_adapter(arguments, tmp_path):
+    run([*arguments("run", lora_r=2, max_steps=1), "--lora_target_modules", "q_proj", "v_proj"])
+    adapter = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert (sorted(adapter["target_modules"]), adapter["lora_alpha"]) == (["q_proj", "v_proj"], 4)
+
+
+def test_an_adapter_on_four_bits(arguments, tiny_model, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    settings = arguments("run", lora_r=2, max_steps=2, load_in_4bit=True, merge_adapter=True)
+    tiny_model(intermediate_size=128).save_pretrained(tmp_path / "model")
+    run(settings)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+
+
+def test_a_reference_of_its_own(arguments, tiny_model, tmp_path):
+    tiny_model(seed=3).save_pretrained(tmp_path / "reference")
+    for mode in ("precomputed", "model"):
+        run(arguments(f"with_{mode}", ref_model=tmp_path / "reference", reference=mode, num_train_epochs=1))
+    runs = (tmp_path / f"with_{mode}" / "checkpoint-6" for mode in ("precomputed", "model"))
+    states = [json.loads((folder / "trainer_state.json").read_text()) for folder in runs]
+    once, every_step = ([entry["loss"] for entry in state["log_history"]] for state in states)
+    assert once == every_step
+    assert abs(once[0] - 0.6931) > 1e-3
+
+
+@pytest.mark.parametrize("option", ["load_in_4bit", "merge_adapter"])
+def test_what_needs_an_adapter(option):
+    with pytest.raises(StepDPOError, match=f"{option} needs an adapter: give lora_r"):
+        parse([*REQUIRED, f"--{option}"])
 
 
 # ---- a process of its own -------------------------------------------------------------------------------------------

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
-from collections.abc import Callable
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +203,10 @@ def test_i8_stopped_while_saving(start, tmp_path, monkeypatch, where, failure):
     breaking = BreakSaving()
     with monkeypatch.context() as patch:
         trainer = start("stopped", breaking)
-        with pytest.raises(failure if isinstance(failure, type) else OSError):
+        with pytest.raises(failure if isinstance(failure, type) else StepDPOError) as raised:
             trainer.train()
+        if isinstance(failure, OSError):
+            assert "checkpoint-4 could not be written" in str(raised.value)
     assert entries(tmp_path / "stopped") == ["checkpoint-2", "stepdpo_run.json"]
     assert content(tmp_path / "stopped") == breaking.before
 
@@ -208,6 +215,77 @@ def test_i8_stopped_while_saving(start, tmp_path, monkeypatch, where, failure):
     resumed.train(resume_from_checkpoint=True)
     assert history(resumed) == history(undisturbed)
     assert_same_weights(weights(resumed.model), weights(undisturbed.model))
+
+
+@contextmanager
+def full_at(size: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.parametrize(("models", "said"), [(0.5, "File too large"), (1.5, "inline_container")])
+def test_i8_a_full_disk(start, tmp_path, models, said):
+    """Room for half a model, and for the model but not for what the optimiser keeps of it."""
+
+    class Fill(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                self.before = content(tmp_path / "stopped")
+                size = (tmp_path / "stopped" / "checkpoint-2" / "model.safetensors").stat().st_size
+                room.enter_context(full_at(int(models * size)))
+
+    fill = Fill()
+    with pytest.raises(StepDPOError, match="checkpoint-4 could not be written") as raised, ExitStack() as room:
+        start("stopped", fill).train()
+    last = str(tmp_path / "stopped" / "checkpoint-2")
+    assert said in str(raised.value)
+    assert f"the last checkpoint, {last!r}, is as it was. See to space and permissions" in str(raised.value)
+    assert content(tmp_path / "stopped") == fill.before
+    undisturbed, resumed = start("undisturbed"), start("stopped")
+    undisturbed.train()
+    resumed.train(resume_from_checkpoint=True)
+    assert history(resumed) == history(undisturbed)
+
+
+def test_i8_no_room_for_the_final_model(start, tmp_path):
+    trainer = start("run", max_steps=2)
+    trainer.train()
+    before = content(tmp_path / "run")
+    with full_at(10_000), pytest.raises(StepDPOError, match="the model could not be written to"):
+        trainer.save_model()
+    assert content(tmp_path / "run") == before
+    trainer.save_model()
+    assert "model.safetensors" in entries(tmp_path / "run")
+
+
+def test_i8_a_folder_that_cannot_be_written_to_is_found_before_anything_is_computed(start, locked):
+    with pytest.raises(StepDPOError, match=r"cannot be written to: .* is read-only for this user"):
+        start(str(locked / "run"))
+
+
+@pytest.fixture
+def locked(monkeypatch) -> Iterator[Path]:
+    """A folder that nobody but its owner may write to, asked as another user where the tests run as root."""
+    monkeypatch.setattr("stepdpo_kernels.trainer.trainer.compute_ref_logps", None)
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+        folder.rmdir()
 
 
 def test_i8_killed_while_saving(start, tmp_path):
