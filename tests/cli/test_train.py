@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -297,14 +298,14 @@ main()
 """
 
 
-def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+def start(arguments: list[str], folder: Path, code: str = UNHURRIED, **pipes: Any) -> subprocess.Popen[str]:
     """On one thread, as the tests are, so that results compare bit for bit."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", UNHURRIED, *arguments],
+        [sys.executable, "-c", code, *arguments],
         env=environment,
         cwd=Path(__file__).resolve().parents[2],
-        stdout=(folder / "stdout").open("w"),
+        **({"stdout": (folder / "stdout").open("w")} | pipes),
         stderr=(folder / "stderr").open("w"),
         text=True,
     )
@@ -348,27 +349,71 @@ def test_ctrl_c_leaves_a_checkpoint_that_loads_and_goes_on(arguments, tmp_path):
     assert_same_weights(weights(resumed), weights(undisturbed))
 
 
+# Imports once, then runs each command line it is given in a child of its own, whose number it says first.
+FORKS = (
+    UNHURRIED.replace("\nmain()\n", "")
+    + """
+import json, os, sys
+import stepdpo_kernels.cli.train
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        os.dup2(2, 1)
+        main(json.loads(line))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+)
+
+
+@pytest.fixture
+def server(tmp_path) -> Iterator[subprocess.Popen[str]]:
+    process = start([], tmp_path, FORKS, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    yield process
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+
+
 @pytest.mark.slow
-def test_killed_again_and_again(arguments, tmp_path):
-    """SIGKILL at moments that have nothing to do with steps; the run gets there, and to the same weights."""
-    options = {"num_train_epochs": 4, "save_steps": 1, "save_total_limit": 2}
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_twenty_random_moments(arguments, server, tmp_path, seed):
+    """SIGKILL whenever: while reading, in the reference pass, in a step, while saving. The run gets there all the same.
+
+    Checkpoints that are there can be loaded at every moment, and losses and weights are those of an undisturbed run.
+    """
+    options = {"num_train_epochs": 8, "save_steps": 1, "save_total_limit": 2, "learning_rate": 1e-4}  # 48 steps
     folder = tmp_path / "run"
-    for number, delay in enumerate((0.0, 0.1, 0.25, 0.4)):
-        resume = {"resume_from_checkpoint": "true"} if number else {}
-        process = start(arguments("run", **options, **resume), tmp_path)
-        try:
-            before = entries(folder)
-            while process.poll() is None and entries(folder) == before:
-                time.sleep(0.001)
-            time.sleep(delay)
-        finally:
-            process.kill()
-        assert process.wait() == -signal.SIGKILL, (tmp_path / "stderr").read_text()
-        assert "stepdpo_run.json" in entries(folder)
-        for checkpoint in folder.glob("checkpoint-*"):
-            AutoModelForCausalLM.from_pretrained(checkpoint)
+    moments = random.Random(seed)
+    killed_at = []
+    for _ in range(20):
+        # as a user would: the same command again where nothing was begun, otherwise go on with what is there
+        resume = {"resume_from_checkpoint": "true"} if (folder / "stepdpo_run.json").exists() else {}
+        cache = {"reference_cache_dir": tmp_path / "cache_of_run"}
+        server.stdin.write(json.dumps(arguments("run", **options, **resume, **cache)) + "\n")
+        server.stdin.flush()
+        child = int(server.stdout.readline())
+        time.sleep(moments.uniform(0.0, 1.2))
+        os.kill(child, signal.SIGKILL)
+        status = int(server.stdout.readline())
+        assert status == -signal.SIGKILL, (status, (tmp_path / "stderr").read_text())
+        steps = [int(name.partition("-")[2]) for name in entries(folder) if name.startswith("checkpoint-")]
+        killed_at.append(max(steps, default=0))
+        for step in steps:
+            AutoModelForCausalLM.from_pretrained(folder / f"checkpoint-{step}")
+    assert killed_at == sorted(killed_at)
+    assert 0 < killed_at[-1] < 48  # it got somewhere, and was never left to finish
     run(arguments("run", resume_from_checkpoint="true", **options))
     run(arguments("undisturbed", **options))
+    histories = [
+        json.loads((tmp_path / name / "checkpoint-48" / "trainer_state.json").read_text())["log_history"]
+        for name in ("run", "undisturbed")
+    ]
+    assert len(histories[0]) == 48
+    for resumed, undisturbed in zip(*histories, strict=True):
+        assert {n: v for n, v in resumed.items() if "per_second" not in n} == {
+            n: v for n, v in undisturbed.items() if "per_second" not in n
+        }
     resumed, undisturbed = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("run", "undisturbed"))
     assert_same_weights(weights(resumed), weights(undisturbed))
     assert entries(folder) == entries(tmp_path / "undisturbed")
