@@ -50,6 +50,7 @@ class SignedPlan:
     windows: dict[int, int | None] = field(default_factory=dict)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile is for what stands around its kernels
 def tree_attention_forward(
     module: nn.Module,
     query: Tensor,  # (1, H, T, d)

@@ -34,8 +34,6 @@ def check_distribution(args: StepDPOConfig) -> None:
 
 # Options of Trainer that this trainer would ignore, or that replace the forward it has put on the model.
 _REFUSED_SETTINGS = (
-    "use_liger_kernel",
-    "torch_compile",
     "neftune_noise_alpha",
     "auto_find_batch_size",
     "bf16_full_eval",

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
@@ -20,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 
 from stepdpo_kernels.loss import StepDPOOutput
 from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward, head_options
+from stepdpo_kernels.trainer.acceleration import accelerate_layers
 from stepdpo_kernels.trainer.checks import (
     check_adapter,
     check_distribution,
@@ -128,17 +130,18 @@ class StepDPOTrainer(Trainer):
 
             set_seed(args.seed)  # of the adapter's weights
             model = get_peft_model(model, peft_config)
-        for either in (model, ref_model):
-            if either is not None:
-                check_adapter(either)
-                keep_layout(either)
-                enable_packed_forward(either, verify=args.verify_first_batch)
-        warn_of_lost_updates(model)
-        self.loss = args.build_loss(**head_options(model))
         check_reference(model, ref_model, args)
         if args.reference == "model":
             ref_model = frozen(model if ref_model is None else ref_model, copied=ref_model is None)
         self.ref_model = ref_model
+        for either in (model, ref_model):
+            if either is not None:
+                check_adapter(either)
+                keep_layout(either)
+                accelerate_layers(either, args)
+                enable_packed_forward(either, verify=args.verify_first_batch)
+        warn_of_lost_updates(model)
+        self.loss = args.build_loss(**head_options(model))
         super().__init__(
             model=model,
             args=args,
@@ -160,6 +163,10 @@ class StepDPOTrainer(Trainer):
         self._staging: Path | None = None
         self._reference_keys: dict[str, dict[str, str]] = {}
         self._references_ready = False
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Without torch.compile of the whole model: its layers are compiled already."""
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     # ---- reference log-probs ------------------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from stepdpo_kernels.ops.linear_logprob import linear_logprob
 from stepdpo_kernels.ops.ragged import segment_sum
 from stepdpo_kernels.ops.tree_attention import tree_attention
 from stepdpo_kernels.packing import build_batch
+from stepdpo_kernels.trainer import StepDPOConfig
+from stepdpo_kernels.trainer.acceleration import accelerate_layers
 from tests.forests import forest_pairs, make_pair
 from tests.numerics import assert_as_good_as_eager, eager_logprob
 
@@ -164,10 +168,26 @@ def test_i3_the_same_step_gives_the_same_bits(tiny_model: Make) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+def test_ligers_layers_under_our_attention_and_head(
+    tiny_model: Make, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("liger_kernel")
+    module = sys.modules[type(tiny_model(kind)).__module__]  # in which Liger replaces names for all models to come
+    for name in [n for n in vars(module) if n == "apply_rotary_pos_emb" or n.endswith(("RMSNorm", "MLP"))]:
+        monkeypatch.setattr(module, name, getattr(module, name))
+    plain, fast = tiny_model(kind).cuda(), tiny_model(kind).cuda()
+    args = StepDPOConfig(output_dir=str(tmp_path), use_liger_kernel=True)
+    with use_impl(tree_attention="reference"):  # varlen takes no float32
+        expected = _step(plain, "none")
+        accelerate_layers(fast, args)
+        for ours, true in zip(_step(fast, "tree"), expected, strict=True):
+            assert (ours - true).norm() <= 1e-4 * true.norm()
+
+
 def test_a_target_outside_the_vocabulary_stops_the_device() -> None:
     """In a process of its own: a device-side assertion ends the context."""
     import subprocess
-    import sys
 
     code = (
         "import torch; from stepdpo_kernels import linear_logprob as f\n"

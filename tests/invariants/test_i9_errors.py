@@ -339,9 +339,7 @@ def test_i9_unsupported_ways_of_distributing(tiny_model, pairs, tmp_path, monkey
     assert entries(tmp_path) == ["pairs.jsonl"]
 
 
-@pytest.mark.parametrize(
-    "option", ["use_liger_kernel", "torch_compile", "auto_find_batch_size", "bf16_full_eval", "fp16_full_eval"]
-)
+@pytest.mark.parametrize("option", ["auto_find_batch_size", "bf16_full_eval", "fp16_full_eval"])
 def test_i9_options_that_would_replace_or_skip_our_forward(tiny_model, pairs, tmp_path, option):
     config = make_config(tmp_path)
     setattr(config, option, True)
