@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import typer
 import yaml
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from stepdpo_kernels.data import load_step_pairs
+from stepdpo_kernels.model import causal_lm
 from stepdpo_kernels.trainer import StepDPOConfig, StepDPOTrainer, load_model, load_tokenizer
 from stepdpo_kernels.trainer.run_folder import check_output_dir, put_in_place, staged
 from stepdpo_kernels.types import StepDPOError
@@ -168,6 +170,8 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
         processing_class=tokenizer,
         eval_dataset=eval_pairs,
     )
+    if options.merge_adapter:
+        _check_mergeable(trainer.model)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     typer.echo(f"trained {trainer.state.global_step} steps on {len(pairs)} pairs; the model is in {config.output_dir}")
@@ -187,6 +191,16 @@ def _adapter(options: DataAndModel) -> Any:
         target_modules="all-linear" if options.lora_target_modules == ["all-linear"] else options.lora_target_modules,
         task_type="CAUSAL_LM",
     )
+
+
+def _check_mergeable(model: Any) -> None:
+    """Raises StepDPOError for an adapter of embeddings that are the head's weights, too."""
+    lm = causal_lm(model)
+    if lm.config.tie_word_embeddings and type(lm.get_input_embeddings()) is not torch.nn.Embedding:
+        raise StepDPOError(
+            "merge_adapter: the embeddings are also the head's weights, which their adapter does not change: leave "
+            "them out of lora_target_modules, or load the adapter beside the model"
+        )
 
 
 def _save_merged(options: DataAndModel, config: StepDPOConfig) -> None:

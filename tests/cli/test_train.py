@@ -275,6 +275,16 @@ def test_a_reference_of_its_own(arguments, tiny_model, tmp_path):
     assert abs(once[0] - 0.6931) > 1e-3
 
 
+def test_an_adapter_that_cannot_be_merged_is_refused_before_training(arguments, tiny_model, tmp_path, capsys):
+    settings = [*arguments("run", lora_r=2, merge_adapter=True), "--lora_target_modules", "embed_tokens", "q_proj"]
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit) as exit_:
+        main(settings)
+    assert exit_.value.code == 2
+    assert "merge_adapter: the embeddings are also the head's weights" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("option", ["load_in_4bit", "merge_adapter"])
 def test_what_needs_an_adapter(option):
     with pytest.raises(StepDPOError, match=f"{option} needs an adapter: give lora_r"):

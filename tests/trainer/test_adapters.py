@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stepdpo_kernels.packing import pack_pairs
 from stepdpo_kernels.trainer import StepDPOTrainer
 from stepdpo_kernels.types import StepDPOError
+from tests.exactness import assert_exact, packed_step, plain_step, references_near
 from tests.trainer.training import assert_same_weights, entries, losses, weights
 
 
@@ -74,6 +76,37 @@ def test_an_adapter_of_all_linear_layers_leaves_the_head_alone(tiny_model, pairs
     )
     trainer.train()
     assert losses(trainer)[-1] < 0.68
+
+
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [
+        ({"target_modules": "all-linear"}, True),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, True),  # the head stays as it is, in peft's forward, too
+        ({"modules_to_save": ["embed_tokens"]}, True),
+        ({"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}, False),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False),
+        ({"trainable_token_indices": [5, 6]}, False),  # of the head as well
+    ],
+    ids=str,
+)
+def test_tied_embeddings_are_exact_or_refused(tiny_model, pairs, options, packed):
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(tie_word_embeddings=True), lora(init_lora_weights=False, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn_like(parameter)
+    some = list(pairs)[:6]
+    ref_logps = references_near(model, some)
+    if packed:
+        ours = packed_step(model, pack_pairs(some, 250), ref_logps, num_pairs=6)
+        assert_exact(ours, plain_step(model, some, ref_logps))
+    else:
+        with pytest.raises(StepDPOError, match="take lm_head out of the adapter's target_modules"):
+            packed_step(model, pack_pairs(some, 250), ref_logps, num_pairs=6)
 
 
 def test_virtual_tokens_are_refused(tiny_model, pairs, config, tmp_path):
