@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_check
 from stepdpo_kernels.loss import StepDPOOutput
 from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward, head_options
 from stepdpo_kernels.trainer.checks import (
+    check_accelerator,
     check_adapter,
     check_distribution,
     check_options,
     check_pairs,
     check_tokenizer,
-    refuse_mode,
     warn_of_lost_updates,
 )
 from stepdpo_kernels.trainer.collate import IndexedPairs, SetEpoch, StepCollator, step_loader, step_sampler
@@ -47,10 +46,16 @@ from stepdpo_kernels.trainer.run_folder import (
     staged,
     write_run_file,
 )
+from stepdpo_kernels.trainer.sharding import (
+    equal_passes,
+    no_sync,
+    reshard,
+    runs_in_lockstep,
+    shard_by_fsdp2,
+    sharded_policy,
+    whole_state_dict,
+)
 from stepdpo_kernels.types import PackedBatch, StepDPOError, StepPair
-
-# Modes of accelerate in which an uneven number of forward passes would hang a collective.
-_REFUSED_MODES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
 
 
 class StepDPOTrainer(Trainer):
@@ -135,14 +140,13 @@ class StepDPOTrainer(Trainer):
             processing_class=processing_class,
             **trainer_options,
         )
-        mode = self.accelerator.distributed_type.value
-        if mode in _REFUSED_MODES:
-            refuse_mode(mode)
+        check_accelerator(self.accelerator, model)
         self.add_callback(SetEpoch)
         self._meter = Meter()
         self._staging: Path | None = None
         self._reference_keys: dict[str, dict[str, str]] = {}
         self._references_ready = False
+        self._when_sharded: list[Callable[[], None]] = []
 
     # ---- reference log-probs ------------------------------------------------------------------------------------
 
@@ -194,7 +198,9 @@ class StepDPOTrainer(Trainer):
 
         def table_of(steps: Iterable[list[PackedBatch]]) -> Tensor:
             progress = not args.disable_tqdm and self.is_world_process_zero()
-            return compute_ref_logps(model, len(dataset), steps, self._logps, self.accelerator, progress=progress)
+            batches = equal_passes(steps, self.accelerator, self._nothing)
+            runs = self._wrapped() if model is self.model else model
+            return compute_ref_logps(runs, len(dataset), batches, self._logps, self.accelerator, progress=progress)
 
         def compute() -> Tensor:
             # The order of training must be the same whether this pass ran or a cache was read.
@@ -205,10 +211,30 @@ class StepDPOTrainer(Trainer):
                 if left.any():
                     step = self.data_collator([dataset[i] for i in left.nonzero()[:, 0].tolist()])
                     table[left] = table_of([step])[left]
+                reshard(model)
             return table
 
-        table = load_or_compute(args.reference_cache_dir, key, compute, self.accelerator)
-        dataset.ref_logps = table.to(args.device)
+        def fill() -> None:
+            table = load_or_compute(args.reference_cache_dir, key, compute, self.accelerator)
+            dataset.ref_logps = table.to(args.device)
+
+        if model is self.model and runs_in_lockstep(self.accelerator) and self._wrapped() is None:
+            self._when_sharded.append(fill)
+        else:
+            fill()
+
+    def _wrapped(self) -> nn.Module | None:
+        """The policy as it must be run in evaluation; None where `train` has yet to shard it."""
+        return sharded_policy(self.model, self.accelerator) if runs_in_lockstep(self.accelerator) else self.model
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        scheduler = super().create_scheduler(*args, **kwargs)
+        # Trainer calls this when the model is wrapped, and has neither been trained nor loaded from a checkpoint.
+        if self._when_sharded and self._wrapped() is not None:
+            for fill in self._when_sharded:
+                fill()
+            self._when_sharded.clear()
+        return scheduler
 
     @contextmanager
     def _on_device(self, model: nn.Module) -> Iterator[None]:
@@ -278,6 +304,10 @@ class StepDPOTrainer(Trainer):
                 remove_unstarted_run(output_dir)
             raise
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = shard_by_fsdp2(self.accelerator, self.args.fsdp_plugin_args)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._meter.start()  # packing is part of a step's time
         return super().get_batch_samples(*args, **kwargs)
@@ -291,23 +321,24 @@ class StepDPOTrainer(Trainer):
             self.optimizer.train()
         num_pairs = self._pairs_per_process(inputs)
         total = torch.zeros((), device=self.args.device)
-        batches = inputs or self._nothing()
-        for i, batch in enumerate(batches):
+        passes = list(equal_passes([inputs], self.accelerator, self._nothing)) or [(self._nothing(), False)]
+        for i, (batch, counts) in enumerate(passes):
             batch = batch.to(self.args.device)
-            is_last = i == len(batches) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            is_last = i == len(passes) - 1
+            with nullcontext() if is_last else no_sync(self.accelerator, model):
                 with self.compute_loss_context_manager():
                     output = self._packed_loss(model, batch, self.train_dataset, num_pairs)
                 self.accelerator.backward(output.loss)
-            if inputs:
+            if counts:
                 total += output.loss.detach()
                 self._meter.add(batch, output)
         return total
 
-    def _nothing(self) -> list[PackedBatch]:
-        """For a process without a pair in this step, which must still take part in the sum of gradients: with zeros."""
-        (batch,) = self.data_collator([self.train_dataset[0]])
-        return [replace(batch, weights=torch.zeros_like(batch.weights))]
+    def _nothing(self) -> PackedBatch:
+        """For a process with fewer passes than others, which must still take part in sums and gathers: with zeros."""
+        dataset = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        (batch,) = self.data_collator([dataset[0]])
+        return replace(batch, weights=torch.zeros_like(batch.weights))
 
     def _pairs_per_process(self, inputs: list[PackedBatch]) -> float:
         """Pairs of this optimiser step over all processes, divided by the processes that average their gradients."""
@@ -380,14 +411,20 @@ class StepDPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        # Not the wrapped model: processes may have different numbers of forward passes here.
-        self.model.eval()
+        # Not DistributedDataParallel's: processes may have different numbers of forward passes here.
+        model = self._wrapped()
+        if model is None:
+            raise StepDPOError("evaluate: `train` shards the model; evaluate then, also by eval_on_start=True")
+        model.eval()
         meter = Meter()
         meter.start()
-        for batch in chain.from_iterable(dataloader):
+        for batch, counts in equal_passes(dataloader, self.accelerator, self._nothing):
             batch = batch.to(self.args.device)
             with self.compute_loss_context_manager():
-                meter.add(batch, self._packed_loss(self.model, batch, dataloader.dataset, num_pairs=1))  # type: ignore[arg-type]
+                output = self._packed_loss(model, batch, dataloader.dataset, num_pairs=1)  # type: ignore[arg-type]
+            if counts:
+                meter.add(batch, output)
+        reshard(model)
         means = meter.drain(self.accelerator, losses_are_sums=True)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(
@@ -427,6 +464,10 @@ class StepDPOTrainer(Trainer):
                     use_mtime=True,
                 )
             self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with nullcontext() if _internal_call else whole_state_dict(self.accelerator):
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes model, tokenizer and arguments beside their place and renames them, so that no file is half there."""
