@@ -1,0 +1,39 @@
+"""One process of a run: `python sharded_worker.py SETTINGS.json`, started by torchrun or accelerate launch.
+
+Settings: model, data and eval_data (paths), lora (of peft, or none), resume, and `config`, fields of StepDPOConfig.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from stepdpo_kernels.data import load_step_pairs
+from stepdpo_kernels.trainer import StepDPOConfig, StepDPOTrainer, load_model, load_tokenizer
+
+
+def main(settings: dict[str, Any]) -> None:
+    config = StepDPOConfig(**settings["config"])
+    tokenizer = load_tokenizer(settings["model"])
+    lora = None
+    if settings.get("lora"):
+        from peft import LoraConfig
+
+        lora = LoraConfig(**settings["lora"], task_type="CAUSAL_LM")
+    eval_data = settings.get("eval_data")
+    trainer = StepDPOTrainer(
+        load_model(settings["model"]),
+        config,
+        load_step_pairs(settings["data"], tokenizer),
+        tokenizer,
+        peft_config=lora,
+        eval_dataset=None if eval_data is None else load_step_pairs(eval_data, tokenizer),
+    )
+    trainer.train(resume_from_checkpoint=settings.get("resume"))
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
