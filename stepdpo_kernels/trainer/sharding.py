@@ -97,9 +97,9 @@ def no_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
 def whole(tensor: Tensor) -> Iterator[Tensor]:
     """A parameter or buffer with all of its elements; collective where it is sharded, one tensor at a time."""
     if hasattr(tensor, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([tensor]):
+        with deepspeed.zero.GatheredParameters([tensor]):
             yield tensor
     elif isinstance(tensor, DTensor):
         yield tensor.full_tensor()

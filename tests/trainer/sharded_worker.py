@@ -6,15 +6,24 @@ Settings: model, data and eval_data (paths), lora (of peft, or none), resume, an
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 from stepdpo_kernels.data import load_step_pairs
 from stepdpo_kernels.trainer import StepDPOConfig, StepDPOTrainer, load_model, load_tokenizer
 
 
 def main(settings: dict[str, Any]) -> None:
+    if settings["config"].get("deepspeed") and not torch.accelerator.is_available():
+        # DeepSpeed itself runs on CPUs (DS_ACCELERATOR=cpu); accelerate would start no process group for it there.
+        PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     config = StepDPOConfig(**settings["config"])
     tokenizer = load_tokenizer(settings["model"])
     lora = None
