@@ -36,11 +36,17 @@ def check_distribution(args: StepDPOConfig) -> None:
         refuse_mode("XLA")
     if str(fsdp.get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", "1") if by_launch else 2) != "2":
         refuse_mode("FSDP1")
+    deepspeed = args.deepspeed or _asked_of_accelerate("DEEPSPEED")
+    if deepspeed and args.distributed_state.distributed_type != DistributedType.DEEPSPEED:
+        raise StepDPOError(
+            "deepspeed shards over processes with a GPU each: start them with torchrun or accelerate launch (on CPUs, "
+            "take FSDP2)"
+        )
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise StepDPOError("fsdp shards over processes: start them with torchrun or accelerate launch")
     if _asked_of_accelerate("MEGATRON_LM"):
         refuse_mode("Megatron-LM")
-    if args.fp16 and (args.fsdp or args.deepspeed or by_launch or _asked_of_accelerate("DEEPSPEED")):
+    if args.fp16 and (args.fsdp or by_launch or deepspeed):
         raise StepDPOError("fp16 with sharded weights is not supported: use bf16")
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from stepdpo_kernels.model import causal_lm, verify_first_batch
 from stepdpo_kernels.types import PackedBatch
 
 
@@ -49,6 +50,35 @@ def shard_by_fsdp2(accelerator: Accelerator, plugin_args: dict[str, Any] | None)
 def runs_in_lockstep(accelerator: Accelerator) -> bool:
     """Whether all processes must make the same number of forward and backward passes."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def same_for_all(accelerator: Accelerator, value: str) -> str:
+    """The first process's where weights are sharded: with `cpu_ram_efficient_loading` it alone has read them so far."""
+    return broadcast_object_list([value])[0] if runs_in_lockstep(accelerator) else value
+
+
+def verify_before_sharding(model: nn.Module, batch: PackedBatch, accelerator: Accelerator) -> None:
+    """`verify_first_batch` where it is due, on the first process: for a sharded model it would be too late."""
+    lm: Any = causal_lm(model)
+    if lm._verify_packing and accelerator.is_main_process:
+        verify_first_batch(lm, batch.to(next(lm.parameters()).device))
+    lm._verify_packing = False
+
+
+def shard_reference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A frozen model of its own, sharded as the policy is going to be, and in the same types."""
+    model.requires_grad_(False)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, model)
+    import deepspeed
+
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    zero = {"stage": 3 if settings["zero_optimization"]["stage"] == 3 else 0}
+    frozen = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "bf16": settings.get("bf16", {})}
+    engine, *_ = deepspeed.initialize(model=model, config=frozen)
+    return engine
 
 
 def equal_passes(

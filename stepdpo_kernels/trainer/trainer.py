@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_check
 
 from stepdpo_kernels.loss import StepDPOOutput
 from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward, head_options
+from stepdpo_kernels.model.verify import PAIRS
 from stepdpo_kernels.trainer.checks import (
     check_accelerator,
     check_adapter,
@@ -51,8 +52,11 @@ from stepdpo_kernels.trainer.sharding import (
     no_sync,
     reshard,
     runs_in_lockstep,
+    same_for_all,
     shard_by_fsdp2,
+    shard_reference,
     sharded_policy,
+    verify_before_sharding,
     whole_state_dict,
 )
 from stepdpo_kernels.types import PackedBatch, StepDPOError, StepPair
@@ -141,6 +145,14 @@ class StepDPOTrainer(Trainer):
             **trainer_options,
         )
         check_accelerator(self.accelerator, model)
+        if runs_in_lockstep(self.accelerator):
+            pairs = self.eval_dataset if train_dataset is None else self.train_dataset
+            for either in (model, ref_model):
+                if either is not None and pairs is not None:
+                    some = self.data_collator([pairs[i] for i in range(min(PAIRS, len(pairs)))])
+                    verify_before_sharding(either, some[0], self.accelerator)
+            if ref_model is not None:
+                self.ref_model = shard_reference(ref_model, self.accelerator)
         self.add_callback(SetEpoch)
         self._meter = Meter()
         self._staging: Path | None = None
@@ -170,7 +182,7 @@ class StepDPOTrainer(Trainer):
         # The policy of PEFT without its adapter is the reference; an adapter of ref_model is part of it.
         without_adapter = getattr(model, "disable_adapter", nullcontext) if self.ref_model is None else nullcontext
         key = cache_key(
-            weights_fingerprint(model, with_adapter=self.ref_model is not None),
+            same_for_all(self.accelerator, weights_fingerprint(model, with_adapter=self.ref_model is not None)),
             dataset.pairs,
             name=name,
             reference=args.reference,
@@ -239,7 +251,7 @@ class StepDPOTrainer(Trainer):
     @contextmanager
     def _on_device(self, model: nn.Module) -> Iterator[None]:
         """A separate reference is on the training device only while it is read."""
-        if model is self.model:
+        if model is self.model or runs_in_lockstep(self.accelerator):
             yield
             return
         home = next(model.parameters()).device

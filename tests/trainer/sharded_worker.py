@@ -37,6 +37,7 @@ def main(settings: dict[str, Any]) -> None:
         config,
         load_step_pairs(settings["data"], tokenizer),
         tokenizer,
+        ref_model=load_model(settings["model"]) if settings.get("ref_model") else None,
         peft_config=lora,
         eval_dataset=None if eval_data is None else load_step_pairs(eval_data, tokenizer),
     )
