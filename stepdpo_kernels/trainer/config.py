@@ -132,8 +132,8 @@ class StepDPOConfig(TrainingArguments):
                 raise StepDPOError(f"{name} must be at least 1, got {value}")
         if self.remove_unused_columns:
             raise StepDPOError("remove_unused_columns must be False: step pairs have no columns")
-        # Trainer asks for use_cpu before it takes bf16 there; without an accelerator there is nothing else to mean. With
-        # it accelerate leaves DeepSpeed aside.
+        # Trainer asks for use_cpu before it takes bf16 there; without an accelerator there is nothing else to mean. But
+        # accelerate would then leave DeepSpeed aside, which has its own way of finding devices.
         deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
         if not torch.accelerator.is_available() and not deepspeed:
             self.use_cpu = True

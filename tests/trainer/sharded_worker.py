@@ -1,6 +1,7 @@
 """One process of a run: `python sharded_worker.py SETTINGS.json`, started by torchrun or accelerate launch.
 
-Settings: model, data and eval_data (paths), lora (of peft, or none), resume, and `config`, fields of StepDPOConfig.
+Settings: model, data and eval_data (paths); lora (of peft), ref_model, evaluate_first and resume, if any; and
+`config`, fields of StepDPOConfig.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from stepdpo_kernels.trainer import StepDPOConfig, StepDPOTrainer, load_model, l
 
 
 def main(settings: dict[str, Any]) -> None:
-    if settings["config"].get("deepspeed") and not torch.accelerator.is_available():
+    deepspeed = settings["config"].get("deepspeed") or "ACCELERATE_USE_DEEPSPEED" in os.environ
+    if deepspeed and not torch.accelerator.is_available():
         # DeepSpeed itself runs on CPUs (DS_ACCELERATOR=cpu); accelerate would start no process group for it there.
         PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
@@ -41,8 +43,15 @@ def main(settings: dict[str, Any]) -> None:
         peft_config=lora,
         eval_dataset=None if eval_data is None else load_step_pairs(eval_data, tokenizer),
     )
+    if settings.get("evaluate_first"):
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=settings.get("resume"))
     trainer.save_model()
+    if torch.distributed.is_initialized():
+        # gloo's own threads now and then abort a process that has done all its work and is exiting
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        os._exit(0)
 
 
 if __name__ == "__main__":
