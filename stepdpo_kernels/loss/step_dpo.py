@@ -8,7 +8,7 @@ What other types of loss make of h stands in pair_losses.py beside this file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,7 @@ from stepdpo_kernels.ops.ragged import gather_rows, sum_rows
 from stepdpo_kernels.types import PackedBatch
 
 
-@dataclass(frozen=True)
-class StepDPOOutput:
+class StepDPOOutput(NamedTuple):
     """What a call of StepDPOLoss gives. All but `loss` are detached, (P,) float32, for metrics.
 
     loss:                              scalar, the only part that carries a gradient

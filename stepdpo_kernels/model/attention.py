@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -42,12 +41,15 @@ _LEAVES_SCORES = frozenset(
 )
 
 
-@dataclass
 class SignedPlan:
-    """A plan on its way through a model, and the layers that used it, each with its sliding window."""
+    """A plan on its way through a model, and the layers that used it, each with its sliding window.
 
-    plan: TreePlan
-    windows: dict[int, int | None] = field(default_factory=dict)
+    No dataclass: of one FSDP2 makes a copy for each layer when it casts inputs.
+    """
+
+    def __init__(self, plan: TreePlan) -> None:
+        self.plan = plan
+        self.windows: dict[int, int | None] = {}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile is for what stands around its kernels

@@ -89,9 +89,21 @@ def _packed_or_plain(model_class: type[PreTrainedModel]) -> Callable[..., Any]:
         if head is None:
             raise ValueError("packed_batch needs head=, a function of (hidden, output_embedding)")
         _verify_once(self, packed_batch, False)
-        return head(backbone(self, packed_batch), self.get_output_embeddings())
+        return _in_its_forward(self.get_output_embeddings(), head, backbone(self, packed_batch))
 
     return forward
+
+
+def _in_its_forward(lm_head: Any, head: Head, hidden: Tensor) -> Any:
+    """head(hidden, lm_head) as the forward of lm_head, around which FSDP2 and ZeRO-3 gather its sharded weight."""
+    own = vars(lm_head).get("forward")
+    lm_head.forward = lambda hidden: head(hidden, lm_head)
+    try:
+        return lm_head(hidden)
+    finally:
+        del lm_head.forward
+        if own is not None:
+            lm_head.forward = own
 
 
 def _verify_once(lm: Any, batch: PackedBatch, wanted: bool) -> None:

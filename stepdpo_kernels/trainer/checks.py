@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.training_args import ParallelMode
 
 from stepdpo_kernels.data import check_vocabulary
 from stepdpo_kernels.model import causal_lm, head_options, max_path
@@ -27,9 +30,52 @@ def check_distribution(args: StepDPOConfig) -> None:
             f"{args.n_gpu} GPUs are visible to one process: start one process each with torchrun or accelerate "
             "launch, or choose one with CUDA_VISIBLE_DEVICES"
         )
-    for mode, setting in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed)):
-        if setting or os.environ.get(f"ACCELERATE_USE_{mode}", "").lower() in ("1", "true"):
-            refuse_mode(mode)
+    fsdp = args.fsdp_config or {}
+    by_launch = _asked_of_accelerate("FSDP") and not args.fsdp
+    if fsdp.get("xla"):
+        refuse_mode("XLA")
+    if str(fsdp.get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", "1") if by_launch else 2) != "2":
+        refuse_mode("FSDP1")
+    deepspeed = args.deepspeed or _asked_of_accelerate("DEEPSPEED")
+    if deepspeed and args.distributed_state.distributed_type != DistributedType.DEEPSPEED:
+        raise StepDPOError(
+            "deepspeed shards over processes with a GPU each: start them with torchrun or accelerate launch (on CPUs, "
+            "take FSDP2)"
+        )
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise StepDPOError("fsdp shards over processes: start them with torchrun or accelerate launch")
+    if _asked_of_accelerate("MEGATRON_LM"):
+        refuse_mode("Megatron-LM")
+    if args.on_nonfinite == "skip" and (args.deepspeed or _asked_of_accelerate("DEEPSPEED")):
+        raise StepDPOError("on_nonfinite='skip': DeepSpeed takes its step within the backward pass; leave it at 'stop'")
+    if args.fp16 and (args.fsdp or by_launch or deepspeed):
+        raise StepDPOError("fp16 with sharded weights is not supported: use bf16")
+
+
+def _asked_of_accelerate(mode: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{mode}", "").lower() in ("1", "true")
+
+
+def check_accelerator(accelerator: Accelerator, model: nn.Module) -> None:
+    """Raises StepDPOError for ways of distributing that show only once accelerate and Trainer have settled on one."""
+    state = accelerator.state
+    if accelerator.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version != 2:
+        refuse_mode("FSDP1")
+    if accelerator.distributed_type in (DistributedType.MEGATRON_LM, DistributedType.XLA):
+        refuse_mode(accelerator.distributed_type.value)
+    plan = accelerator.parallelism_config
+    if plan is not None and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled):
+        refuse_mode("tensor, context or sequence parallelism")
+    if getattr(causal_lm(model), "is_distributed_loading_by_transformers", False):
+        refuse_mode("a model that from_pretrained has distributed")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        settings = state.deepspeed_plugin.deepspeed_config
+        zero = settings.get("zero_optimization", {})
+        if zero.get("stage", 0) == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+            raise StepDPOError(
+                "deepspeed: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true, without which "
+                "the trained model is not saved as one that transformers loads"
+            )
 
 
 # Options of Trainer that this trainer would ignore, or that replace the forward it has put on the model.
@@ -51,7 +97,10 @@ def check_options(args: StepDPOConfig, trainer_options: dict[str, Any]) -> None:
 
 
 def refuse_mode(mode: str) -> None:
-    raise StepDPOError(f"training under {mode} is not supported: use DistributedDataParallel (torchrun)")
+    raise StepDPOError(
+        f"training under {mode} is not supported: use DistributedDataParallel (torchrun), FSDP2 (fsdp_version: 2) or "
+        "DeepSpeed's ZeRO"
+    )
 
 
 def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,8 +142,10 @@ class StepDPOConfig(TrainingArguments):
                 raise StepDPOError(f"{name} must be at least 1, got {value}")
         if self.remove_unused_columns:
             raise StepDPOError("remove_unused_columns must be False: step pairs have no columns")
-        # Trainer asks for use_cpu before it takes bf16 there; without an accelerator there is nothing else to mean.
-        if not torch.accelerator.is_available():
+        # Trainer asks for use_cpu before it takes bf16 there; without an accelerator there is nothing else to mean. But
+        # accelerate would then leave DeepSpeed aside, which has its own way of finding devices.
+        deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
+        if not torch.accelerator.is_available() and not deepspeed:
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

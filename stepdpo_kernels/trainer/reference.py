@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tqdm.auto import tqdm
 
 import stepdpo_kernels
 from stepdpo_kernels.model import causal_lm
+from stepdpo_kernels.trainer.sharding import whole
 from stepdpo_kernels.types import PackedBatch, StepPair
 
 logger = logging.getLogger("stepdpo_kernels")
@@ -56,6 +56,7 @@ def weights_fingerprint(model: nn.Module, *, with_adapter: bool = True) -> str:
     with_adapter: False leaves out the active adapter of a PEFT model
     """
     adapter: set[int] = set()
+    state = model.state_dict(keep_vars=True)
     # Rotary frequencies, windows and epsilons are in no weight.
     config = {k: v for k, v in causal_lm(model).config.to_dict().items() if k not in _NOT_THE_FUNCTION}
     if with_adapter and hasattr(model, "peft_config"):
@@ -64,18 +65,24 @@ def weights_fingerprint(model: nn.Module, *, with_adapter: bool = True) -> str:
     if not with_adapter and hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        adapter = {t.data_ptr() for t in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
+        own = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+        adapter = {_identity(tensor) for tensor in own.values()}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.data_ptr() not in adapter:
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(_bytes(tensor))
+    for name, tensor in sorted(state.items()):
+        if _identity(tensor) not in adapter:
+            with whole(tensor) as all_of_it:
+                digest.update(f"{name} {tuple(all_of_it.shape)} {all_of_it.dtype}\n".encode())
+                digest.update(_bytes(all_of_it))
     return digest.hexdigest()
 
 
 def frozen(model: Any, *, copied: bool) -> Any:
     """A model, or a copy of it with weights of its own, for reading alone."""
     return (deepcopy(model) if copied else model).requires_grad_(False).eval()
+
+
+def _identity(tensor: Tensor) -> int:
+    return tensor.data_ptr() or id(tensor)  # ZeRO-3 leaves no data in a sharded parameter
 
 
 def pairs_fingerprint(pairs: Sequence[StepPair]) -> str:
@@ -145,7 +152,7 @@ def key_differences(before: dict[str, str], now: dict[str, str]) -> list[str]:
 def compute_ref_logps(
     model: Any,
     num_pairs: int,
-    steps: Iterable[list[PackedBatch]],
+    batches: Iterable[tuple[PackedBatch, bool]],
     logps_of: Callable[[Any, PackedBatch], Tensor],
     accelerator: Accelerator,
     *,
@@ -153,18 +160,22 @@ def compute_ref_logps(
 ) -> Tensor:  # (N, 2)
     """Branch log-probs under the model as it is, chosen and rejected, float32; NaN for pairs in none of the steps.
 
-    `steps` are those that the policy is going to see and `logps_of(model, batch)` (2P,) is its own forward: in the same
-    forests the same weights give the same bits, so a policy that has not moved has margins of exactly zero. Each
-    process computes its own steps, and all get all of the table.
+    `batches` are those of the steps that the policy is going to see, and whether they count (`equal_passes`), and
+    `logps_of(model, batch)` (2P,) is its own forward: in the same forests the same weights give the same bits, so a
+    policy that has not moved has margins of exactly zero. Each process computes its own steps, and all get all of the
+    table.
     """
     device = accelerator.device
     table, seen = torch.zeros(num_pairs, 2, device=device), torch.zeros(num_pairs, 1, device=device)
     was_training = model.training
     model.eval()
     with tqdm(total=num_pairs, desc="reference log-probs", unit="pair", disable=not progress) as bar:
-        for batch in chain.from_iterable(steps):
+        for batch, counts in batches:
             batch = batch.to(device)
-            table[batch.pair_index] = logps_of(model, batch).view(2, -1).T.float()
+            logps = logps_of(model, batch).view(2, -1).T.float()
+            if not counts:
+                continue
+            table[batch.pair_index] = logps
             seen[batch.pair_index] = 1
             bar.update(batch.num_pairs * accelerator.num_processes)
     model.train(was_training)

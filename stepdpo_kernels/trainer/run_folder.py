@@ -67,8 +67,13 @@ def check_output_dir(output_dir: str | os.PathLike[str], resume: str | bool | No
     return checkpoint
 
 
+# Where the state of the optimiser is: as a rule, whole or sharded by FSDP2, and by DeepSpeed (a file that names it).
+_OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")
+
+
 def _whole_checkpoint(checkpoint: Path) -> Path:
-    missing = [name for name in ("trainer_state.json", "optimizer.pt") if not (checkpoint / name).is_file()]
+    missing = [] if (checkpoint / "trainer_state.json").is_file() else ["trainer_state.json"]
+    missing += [] if any((checkpoint / name).exists() for name in _OPTIMIZER) else [_OPTIMIZER[0]]
     if missing:
         raise StepDPOError(
             f"resume_from_checkpoint: {str(checkpoint)!r} lacks {' and '.join(missing)}, so it is no checkpoint that "

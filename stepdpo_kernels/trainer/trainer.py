@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 
 from stepdpo_kernels.loss import StepDPOOutput
 from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward, head_options
+from stepdpo_kernels.model.verify import PAIRS
 from stepdpo_kernels.trainer.acceleration import accelerate_layers
 from stepdpo_kernels.trainer.checks import (
+    check_accelerator,
     check_adapter,
     check_distribution,
     check_options,
@@ -30,7 +32,6 @@ from stepdpo_kernels.trainer.checks import (
     check_reference,
     check_tokenizer,
     keep_layout,
-    refuse_mode,
     warn_of_lost_updates,
 )
 from stepdpo_kernels.trainer.collate import IndexedPairs, SetEpoch, StepCollator, step_loader, step_sampler
@@ -57,12 +58,21 @@ from stepdpo_kernels.trainer.run_folder import (
     staged,
     write_run_file,
 )
+from stepdpo_kernels.trainer.sharding import (
+    equal_passes,
+    no_sync,
+    reshard,
+    runs_in_lockstep,
+    same_for_all,
+    shard_by_fsdp2,
+    shard_reference,
+    sharded_policy,
+    verify_before_sharding,
+    whole_state_dict,
+)
 from stepdpo_kernels.types import PackedBatch, StepDPOError, StepPair
 
 logger = logging.getLogger("stepdpo_kernels")
-
-# Modes of accelerate in which an uneven number of forward passes would hang a collective.
-_REFUSED_MODES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
 
 
 class StepDPOTrainer(Trainer):
@@ -151,18 +161,25 @@ class StepDPOTrainer(Trainer):
             processing_class=processing_class,
             **trainer_options,
         )
-        mode = self.accelerator.distributed_type.value
-        if mode in _REFUSED_MODES:
-            refuse_mode(mode)
-        self.add_callback(SetEpoch)
-        if ref_model is not None and args.reference == "model":
+        check_accelerator(self.accelerator, model)
+        if runs_in_lockstep(self.accelerator):
+            pairs = self.eval_dataset if train_dataset is None else self.train_dataset
+            for either in (model, ref_model):
+                if either is not None and pairs is not None:
+                    some = self.data_collator([pairs[i] for i in range(min(PAIRS, len(pairs)))])
+                    verify_before_sharding(either, some[0], self.accelerator)
+            if ref_model is not None:
+                self.ref_model = shard_reference(ref_model, self.accelerator)
+        elif ref_model is not None and args.reference == "model":
             ref_model.to(args.device)
+        self.add_callback(SetEpoch)
         self._meter = Meter()
         self._parts: list[tuple[PackedBatch, StepDPOOutput]] = []  # forward passes of the step in progress
         self._steps, self._skipped = 0, 0  # since the last log
         self._staging: Path | None = None
         self._reference_keys: dict[str, dict[str, str]] = {}
         self._references_ready = False
+        self._when_sharded: list[Callable[[], None]] = []
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Without torch.compile of the whole model: its layers are compiled already."""
@@ -188,7 +205,7 @@ class StepDPOTrainer(Trainer):
         args = self.args
         model = self.model if self.ref_model is None else self.ref_model
         key = cache_key(
-            weights_fingerprint(model, with_adapter=self.ref_model is not None),
+            same_for_all(self.accelerator, weights_fingerprint(model, with_adapter=self.ref_model is not None)),
             dataset.pairs,
             name=name,
             reference=args.reference,
@@ -216,7 +233,9 @@ class StepDPOTrainer(Trainer):
 
         def table_of(steps: Iterable[list[PackedBatch]]) -> Tensor:
             progress = not args.disable_tqdm and self.is_world_process_zero()
-            return compute_ref_logps(model, len(dataset), steps, self._logps, self.accelerator, progress=progress)
+            batches = equal_passes(steps, self.accelerator, self._nothing)
+            runs = self._wrapped() if model is self.model else model
+            return compute_ref_logps(runs, len(dataset), batches, self._logps, self.accelerator, progress=progress)
 
         def compute() -> Tensor:
             # The order of training must be the same whether this pass ran or a cache was read.
@@ -227,11 +246,31 @@ class StepDPOTrainer(Trainer):
                 if left.any():
                     step = self.data_collator([dataset[i] for i in left.nonzero()[:, 0].tolist()])
                     table[left] = table_of([step])[left]
+                reshard(model)
             check_finite(table, dataset.pairs, f"{name}_dataset")
             return table
 
-        table = load_or_compute(args.reference_cache_dir, key, compute, self.accelerator)
-        dataset.ref_logps = table.to(args.device)
+        def fill() -> None:
+            table = load_or_compute(args.reference_cache_dir, key, compute, self.accelerator)
+            dataset.ref_logps = table.to(args.device)
+
+        if model is self.model and runs_in_lockstep(self.accelerator) and self._wrapped() is None:
+            self._when_sharded.append(fill)
+        else:
+            fill()
+
+    def _wrapped(self) -> nn.Module | None:
+        """The policy as it must be run in evaluation; None where `train` has yet to shard it."""
+        return sharded_policy(self.model, self.accelerator) if runs_in_lockstep(self.accelerator) else self.model
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        scheduler = super().create_scheduler(*args, **kwargs)
+        # Trainer calls this when the model is wrapped, and has neither been trained nor loaded from a checkpoint.
+        if self._when_sharded and self._wrapped() is not None:
+            for fill in self._when_sharded:
+                fill()
+            self._when_sharded.clear()
+        return scheduler
 
     @contextmanager
     def _as_reference(self) -> Iterator[nn.Module]:
@@ -239,8 +278,10 @@ class StepDPOTrainer(Trainer):
         if self.ref_model is not None:
             yield self.ref_model
             return
+        policy = self._wrapped()
+        assert policy is not None
         with getattr(self.model, "disable_adapter", nullcontext)():
-            yield self.model
+            yield policy
 
     def _ref_logps(self, batch: PackedBatch, dataset: IndexedPairs) -> Tensor | None:  # (2P,)
         """The reference's branch log-probs of a batch: from the table, or computed now.
@@ -257,7 +298,7 @@ class StepDPOTrainer(Trainer):
     @contextmanager
     def _on_device(self, model: nn.Module) -> Iterator[None]:
         """A separate reference is on the training device only while it is read."""
-        if model is self.model:
+        if model is self.model or runs_in_lockstep(self.accelerator):
             yield
             return
         home = next(model.parameters()).device
@@ -322,6 +363,10 @@ class StepDPOTrainer(Trainer):
                 remove_unstarted_run(output_dir)
             raise
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = shard_by_fsdp2(self.accelerator, self.args.fsdp_plugin_args)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._meter.start()  # packing is part of a step's time
         return super().get_batch_samples(*args, **kwargs)
@@ -336,17 +381,17 @@ class StepDPOTrainer(Trainer):
         num_pairs = self._pairs_per_process(inputs)
         self._parts = []
         total = torch.zeros((), device=self.args.device)
-        batches = inputs or self._nothing()
-        for i, batch in enumerate(batches):
+        passes = list(equal_passes([inputs], self.accelerator, self._nothing)) or [(self._nothing(), False)]
+        for i, (batch, counts) in enumerate(passes):
             batch = batch.to(self.args.device)
-            is_last = i == len(batches) - 1
+            is_last = i == len(passes) - 1
             ref_logps = self._ref_logps(batch, self.train_dataset)
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            with nullcontext() if is_last else no_sync(self.accelerator, model):
                 with self.compute_loss_context_manager():
                     output = self._packed_loss(model, batch, ref_logps, num_pairs)
                 self.accelerator.backward(output.loss)
-            if inputs:
-                output = replace(output, loss=output.loss.detach())
+            if counts:
+                output = output._replace(loss=output.loss.detach())
                 total += output.loss
                 self._parts.append((batch, output))
         # a loss that is not finite is dealt with where the gradient's norm is known, and must not stay in the sum
@@ -358,7 +403,7 @@ class StepDPOTrainer(Trainer):
         self._steps += 1
         finite = finite_losses(self._parts, self.args.device)
         if not self.args.fp16:  # whose gradients overflow now and then, which its scaler answers
-            finite = finite * torch.as_tensor(norm, device=self.args.device).isfinite().to(finite)
+            finite = finite * float(math.isfinite(norm))
         if self.args.world_size > 1:
             finite = self.accelerator.reduce(finite, reduction="sum") / self.args.world_size
         if float(finite) == 1:
@@ -373,18 +418,21 @@ class StepDPOTrainer(Trainer):
         what = culprits(self._parts, self.train_dataset.pairs) if self._parts else "not by a pair of this process"
         where = f"step {self.state.global_step + 1}: not finite: {what}"
         if self.args.on_nonfinite == "stop":
+            # DeepSpeed takes its step within the backward pass
+            left = "" if self.is_deepspeed_enabled else "; the weights are those of the step before"
             raise StepDPOError(
-                f"{where}; the weights are those of the step before. Leave the pairs out, lower the learning rate, or "
-                "pass over such steps with on_nonfinite='skip'"
+                f"{where}{left}. Leave the pairs out, lower the learning rate, or pass over such steps with "
+                "on_nonfinite='skip'"
             )
         logger.warning("%s; this step is skipped", where)
         self._skipped += 1
         model.zero_grad(set_to_none=True)
 
-    def _nothing(self) -> list[PackedBatch]:
-        """For a process without a pair in this step, which must still take part in the sum of gradients: with zeros."""
-        (batch,) = self.data_collator([self.train_dataset[0]])
-        return [replace(batch, weights=torch.zeros_like(batch.weights))]
+    def _nothing(self) -> PackedBatch:
+        """For a process with fewer passes than others, which must still take part in sums and gathers: with zeros."""
+        dataset = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        (batch,) = self.data_collator([dataset[0]])
+        return replace(batch, weights=torch.zeros_like(batch.weights))
 
     def _pairs_per_process(self, inputs: list[PackedBatch]) -> float:
         """Pairs of this optimiser step over all processes, divided by the processes that average their gradients."""
@@ -464,20 +512,26 @@ class StepDPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        # Not the wrapped model: processes may have different numbers of forward passes here.
-        self.model.eval()
+        # Not DistributedDataParallel's: processes may have different numbers of forward passes here.
+        model = self._wrapped()
+        if model is None:
+            raise StepDPOError("evaluate: `train` shards the model; evaluate then, also by eval_on_start=True")
+        model.eval()
         dataset: IndexedPairs = dataloader.dataset  # type: ignore[assignment]
         table = torch.zeros(len(dataset), 4, device=self.args.device)  # rewards, then log-probs
         meter = Meter()
         meter.start()
-        for batch in chain.from_iterable(dataloader):
+        for batch, counts in equal_passes(dataloader, self.accelerator, self._nothing):
             batch = batch.to(self.args.device)
             ref_logps = self._ref_logps(batch, dataset)
             with self.compute_loss_context_manager():
-                output = self._packed_loss(self.model, batch, ref_logps, num_pairs=1)
+                output = self._packed_loss(model, batch, ref_logps, num_pairs=1)
+            if not counts:
+                continue
             meter.add(batch, output)
             parts = (output.chosen_rewards, output.rejected_rewards, output.chosen_logps, output.rejected_logps)
             table[batch.pair_index] = torch.stack(parts, dim=1).float()
+        reshard(model)
         metrics = meter.drain(self.accelerator, losses_are_sums=True)
         rewards, logps = self.accelerator.reduce(table, reduction="sum").cpu().numpy().reshape(-1, 2, 2).swapaxes(0, 1)
         predictions, label_ids = (rewards, logps), np.zeros(len(dataset), dtype=np.int64)
@@ -519,6 +573,10 @@ class StepDPOTrainer(Trainer):
                     use_mtime=True,
                 )
             self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with nullcontext() if _internal_call else whole_state_dict(self.accelerator):
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes model, tokenizer and arguments beside their place and renames them, so that no file is half there."""

@@ -327,15 +327,33 @@ def test_i9_trainer_arguments(tiny_model, pairs, tmp_path):
     assert entries(tmp_path) == ["pairs.jsonl"]
 
 
-@pytest.mark.parametrize("mode", ["FSDP", "DEEPSPEED"])
-def test_i9_unsupported_ways_of_distributing(tiny_model, pairs, tmp_path, monkeypatch, mode):
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("FSDP", "training under FSDP1 is not supported: use DistributedDataParallel"),
+        ("MEGATRON_LM", "training under Megatron-LM is not supported"),
+        ("DEEPSPEED", "deepspeed shards over processes with a GPU each: start them with torchrun"),
+    ],
+)
+def test_i9_ways_of_distributing_by_accelerate_launch(tiny_model, pairs, tmp_path, monkeypatch, mode, said):
     config = make_config(tmp_path)
     monkeypatch.setenv(f"ACCELERATE_USE_{mode}", "true")
-    with pytest.raises(StepDPOError, match=f"training under {mode} is not supported: use DistributedDataParallel"):
+    with pytest.raises(StepDPOError, match=said):
         StepDPOTrainer(tiny_model(), config, pairs)
-    monkeypatch.undo()
-    with pytest.raises(StepDPOError, match="training under FSDP is not supported"):
-        StepDPOTrainer(tiny_model(), make_config(tmp_path, fsdp=True), pairs)
+    assert entries(tmp_path) == ["pairs.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"fsdp_config": {"version": 1}}, "training under FSDP1 is not supported"),
+        ({"fsdp_config": {"xla": True}}, "training under XLA is not supported"),
+        ({}, "fsdp shards over processes: start them with torchrun or accelerate launch"),
+    ],
+)
+def test_i9_ways_of_distributing_by_arguments(tiny_model, pairs, tmp_path, settings, said):
+    with pytest.raises(StepDPOError, match=said):
+        StepDPOTrainer(tiny_model(), make_config(tmp_path, fsdp=True, **settings), pairs)
     assert entries(tmp_path) == ["pairs.jsonl"]
 
 

@@ -142,7 +142,7 @@ def test_what_comes_back(dtype: torch.dtype) -> None:
     ):
         assert out.loss.shape == ()
         assert out.loss.requires_grad
-        for name in (f for f in StepDPOOutput.__dataclass_fields__ if f != "loss"):
+        for name in (f for f in StepDPOOutput._fields if f != "loss"):
             value = getattr(out, name)
             assert value.shape == (pairs,)
             assert value.dtype == torch.float32
@@ -157,7 +157,7 @@ def test_metrics_keep_no_graph_alive() -> None:
     embedding, weight = parameters()
     hidden, labels = padded_hidden(embedding, PAIRS)
     out = StepDPOLoss(reference_free=True)(hidden, weight, labels)
-    assert all(getattr(out, f).grad_fn is None for f in StepDPOOutput.__dataclass_fields__ if f != "loss")
+    assert all(getattr(out, f).grad_fn is None for f in StepDPOOutput._fields if f != "loss")
 
 
 def test_reference_free_is_a_reference_of_zero() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ def break_pair(trainer: StepDPOTrainer, number: int) -> None:
         if not torch.is_grad_enabled() or number not in batch.pair_index:
             return output
         margins = torch.where(batch.pair_index == number, float("nan"), output.margins)
-        return replace(output, loss=output.loss * float("nan"), margins=margins)
+        return output._replace(loss=output.loss * float("nan"), margins=margins)
 
     trainer.loss.packed = overflowing  # type: ignore[method-assign]
 
