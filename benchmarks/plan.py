@@ -66,7 +66,7 @@ def measure(model: str, data: Path) -> dict[str, Any]:
         nonlocal since
         seconds[name], since = time.perf_counter() - since, time.perf_counter()
 
-    pairs = load_step_pairs(data, tokenizer)
+    pairs = load_step_pairs(data, tokenizer, max_length=None)
     lap("load")
     args = StepDPOConfig(output_dir=str(data.parent), num_train_epochs=1)
     trainer = StepDPOTrainer(policy, args, pairs, tokenizer)

@@ -1,4 +1,4 @@
-"""`StepDPOTrainer.plan()` and `stepdpo train --dry_run`: what is promised is what training does, and nothing is written."""
+"""`StepDPOTrainer.plan()`, `stepdpo train --dry_run`: what is promised is what training does; nothing is written."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import torch
 from benchmarks.plan import write_pairs
 from stepdpo_kernels import StepDPOError, load_step_pairs
 from stepdpo_kernels.cli import main
-from stepdpo_kernels.packing import epoch_order, pack_pairs
-from stepdpo_kernels.trainer import StepDPOTrainer
+from stepdpo_kernels.packing import build_batch, epoch_order, pack_pairs, plan_ranks
+from stepdpo_kernels.trainer import StepDPOTrainer, load_tokenizer
 from stepdpo_kernels.trainer.memory import ModelSizes, plan_memory
 from tests.trainer.training import entries, losses, watch, weights, write_jsonl
 
@@ -192,6 +192,44 @@ def test_a_dry_run_says_what_training_would_refuse(
     assert "holds a model: choose a new folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_dry_run_of_two_processes(model_dir: Path, step_records: Callable[..., Any], tmp_path: Path) -> None:
+    """Under torchrun: one of them prints what both take."""
+    data = write_jsonl(tmp_path / "pairs.jsonl", step_records(6, 4)[:21])
+    script = tmp_path / "train.py"
+    script.write_text("import sys\nfrom stepdpo_kernels.cli import main\nmain(sys.argv[1:])\n")
+    settings = {"pairs_per_step": 4, "max_tokens_per_batch": 130, "max_length": 500, "output_dir": tmp_path / "run"}
+    before = everything(tmp_path)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)),
+            *("train", "--dry_run", "--model", str(model_dir), "--data", str(data)),
+            *(text for name, value in settings.items() for text in (f"--{name}", str(value))),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert everything(tmp_path) == before
+    assert done.stdout.count("dry run: nothing was trained or written") == 1
+
+    pairs = load_step_pairs(data, load_tokenizer(str(model_dir)))
+    order = epoch_order(pairs, 42)
+    steps = [[pairs[i] for i in order[at : at + 4]] for at in range(0, 21, 4)]
+    ranks = [plan_ranks(step, 130, 2) for step in steps]  # by step, process and batch
+    each = [sum(len(step[rank]) for step in ranks) for rank in range(2)]
+    tokens = sum(
+        build_batch(step, members, "tree").num_tokens
+        for step, shares in zip(steps, ranks, strict=True)
+        for share in shares
+        for members in share
+    )
+    assert f"{sum(each)} an epoch, at most {max(each)} on one of 2 processes\n" in done.stdout
+    assert f"\ntokens          {tokens:,} encoded an epoch" in done.stdout
+
+
 # ---- load -----------------------------------------------------------------------------------------------------------
 
 
@@ -218,13 +256,13 @@ def test_fifty_thousand_pairs_in_a_gibibyte(
         return json.loads(done.stdout.splitlines()[-1])
 
     small, large = measured(1000), measured(50_000)
-    assert large["extra_bytes"] < 2**30
+    assert large["extra_bytes"] < 2**30, large
     assert large["plan"]["pairs"] == 50_000
     assert large["plan"]["steps"] == 391  # of 128
 
     data = tmp_path / "pairs.jsonl"
     write_pairs(data, 1000)
-    pairs = load_step_pairs(data, tokenizer)
+    pairs = load_step_pairs(data, tokenizer, max_length=None)
     assert max(Counter(pair.group for pair in pairs).values()) == 7
     order = epoch_order(pairs, 42)
     batches = [
