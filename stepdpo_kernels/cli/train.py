@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,9 +11,11 @@ from typing import Any, NoReturn
 import torch
 import typer
 import yaml
+from rich.console import Console
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
+from stepdpo_kernels.cli.inspect import print_pair
 from stepdpo_kernels.data import load_step_pairs
 from stepdpo_kernels.model import causal_lm
 from stepdpo_kernels.trainer import StepDPOConfig, StepDPOTrainer, load_model, load_tokenizer
@@ -58,6 +61,10 @@ class DataAndModel:
     )
     merge_adapter: bool = field(
         default=False, metadata={"help": "Also save the model with the adapter merged into it, in OUTPUT_DIR/merged."}
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Load everything, pack an epoch, print the plan and the first pair; write nothing."},
     )
 
 
@@ -159,6 +166,9 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
         typer.echo(str(pairs.report))
         return pairs
 
+    if options.dry_run:
+        config.output_dir = os.curdir  # Trainer makes its folder when it is built
+        config.push_to_hub = False
     pairs = load(options.data)
     eval_pairs = None if options.eval_data is None else load(options.eval_data)
     trainer = StepDPOTrainer(
@@ -172,6 +182,13 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
     )
     if options.merge_adapter:
         _check_mergeable(trainer.model)
+    if options.dry_run:
+        plan = trainer.plan()
+        if trainer.is_world_process_zero():
+            typer.echo(str(plan))
+            print_pair(Console(highlight=False), pairs[0], tokenizer)
+            typer.echo("\ndry run: nothing was trained or written")
+        return
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     typer.echo(f"trained {trainer.state.global_step} steps on {len(pairs)} pairs; the model is in {config.output_dir}")

@@ -193,9 +193,7 @@ def load_or_compute(
 
     All processes compute, or none does. A folder that cannot be written costs the cache and no more.
     """
-    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = folder / f"{digest[:32]}.safetensors"
+    path = _cache_path(cache_dir, key)
     table = _read(path, key)
     found = torch.tensor(float(table is not None), device=accelerator.device)
     found_by = accelerator.reduce(found, reduction="sum").item()
@@ -208,6 +206,17 @@ def load_or_compute(
         except (OSError, SafetensorError) as error:
             logger.warning("reference log-probs could not be cached, so the next run computes them again: %s", error)
     return table
+
+
+def cached_table(cache_dir: str | os.PathLike[str] | None, key: dict[str, str]) -> Tensor | None:
+    """The cached table of a key; None where there is none that can be used."""
+    return _read(_cache_path(cache_dir, key), key)
+
+
+def _cache_path(cache_dir: str | os.PathLike[str] | None, key: dict[str, str]) -> Path:
+    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return folder / f"{digest[:32]}.safetensors"
 
 
 def _read(path: Path, key: dict[str, str]) -> Tensor | None:

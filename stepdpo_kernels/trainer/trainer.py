@@ -39,6 +39,7 @@ from stepdpo_kernels.trainer.config import StepDPOConfig
 from stepdpo_kernels.trainer.loading import load_model
 from stepdpo_kernels.trainer.meter import Meter
 from stepdpo_kernels.trainer.nonfinite import check_finite, culprits, finite_losses
+from stepdpo_kernels.trainer.plan import TrainingPlan, plan_training
 from stepdpo_kernels.trainer.reference import (
     cache_key,
     compute_ref_logps,
@@ -200,11 +201,11 @@ class StepDPOTrainer(Trainer):
             self._fill_ref_logps("eval", self.eval_dataset, self.get_eval_dataloader)
         self._references_ready = True
 
-    def _fill_ref_logps(self, name: str, dataset: IndexedPairs, dataloader: Callable[[], DataLoader[Any]]) -> None:
-        """Reference log-probs of a dataset, in the forests in which its dataloader first gives its pairs."""
+    def reference_key(self, name: str, dataset: IndexedPairs) -> dict[str, str]:
+        """What the reference log-probs of a dataset ("train" or "eval") depend on: the key of their cache file."""
         args = self.args
         model = self.model if self.ref_model is None else self.ref_model
-        key = cache_key(
+        return cache_key(
             same_for_all(self.accelerator, weights_fingerprint(model, with_adapter=self.ref_model is not None)),
             dataset.pairs,
             name=name,
@@ -227,7 +228,12 @@ class StepDPOTrainer(Trainer):
                 else {"per_device_eval_batch_size": args.per_device_eval_batch_size}
             ),
         )
-        self._reference_keys[name] = key
+
+    def _fill_ref_logps(self, name: str, dataset: IndexedPairs, dataloader: Callable[[], DataLoader[Any]]) -> None:
+        """Reference log-probs of a dataset, in the forests in which its dataloader first gives its pairs."""
+        args = self.args
+        model = self.model if self.ref_model is None else self.ref_model
+        key = self._reference_keys[name] = self.reference_key(name, dataset)
         if args.reference != "precomputed":
             return
 
@@ -327,6 +333,17 @@ class StepDPOTrainer(Trainer):
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     # ---- training -----------------------------------------------------------------------------------------------
+
+    def plan(self) -> TrainingPlan:
+        """What `train` would do: steps, packing, memory, where the reference comes from; `print` shows it.
+
+        The pairs of the first epoch are packed as training packs them, step by step. The model is read for its sizes
+        and for the key of its reference; it is not run, and nothing is written or changed. All processes must call it.
+        Raises StepDPOError without a train_dataset.
+        """
+        if self.train_dataset is None:
+            raise StepDPOError("train_dataset is missing")
+        return plan_training(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`, after the reference log-probs are there.
