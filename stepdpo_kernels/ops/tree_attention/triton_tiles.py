@@ -68,7 +68,7 @@ def intervals(plan: TreePlan) -> tuple[Tensor, Tensor]:
 
 
 def listed(visible: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., n) how many of each row of (..., n, m) bool are true, (..., n, m) which, ascending, before others; int32."""
+    """(..., n) how many of each row of (..., n, m) bool are true, (..., n, m) which, ascending, then others; int32."""
     order = visible.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
     return visible.sum(dim=-1).to(torch.int32), order.to(torch.int32)
 
