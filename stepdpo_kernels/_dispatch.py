@@ -29,7 +29,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 # Order of preference for "auto", over all operations.
 PREFERENCE = (
-    *("triton", "triton_chunked", "triton_fused", "flash", "varlen", "flex"),
+    *("flash", "varlen", "triton", "triton_chunked", "triton_fused", "flex"),
     *("cpu", "chunked", "torch", "reference"),
 )
 

@@ -127,7 +127,7 @@ def tree(
     tiles = make_tiles(plan, options[1], heads[0] // heads[1], *config.shapes)
     inputs = (query, key, value, torch.zeros(heads[0], dtype=dtype) if sinks else None, *tiles, *options)
     out, stats = tree_kernel._attention._init_fn(*inputs)
-    tree_kernel._gradients._init_fn(out, out, stats, *inputs)
+    tree_kernel._gradients._init_fn(out, out, stats, *inputs[:6], *inputs[7:])  # without forward's tiles
 
 
 def segments(dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -38,7 +38,7 @@ def _name(op: str, impl: str = "auto", **inputs: Any) -> str:
 
 def test_implementations_stand_in_order_of_preference() -> None:
     assert implementations("head") == ["triton", "cpu", "chunked"]
-    kernels = ["triton", "triton_chunked", "triton_fused", "flash", "varlen", "flex"]
+    kernels = ["flash", "varlen", "triton", "triton_chunked", "triton_fused", "flex"]
     assert list(PREFERENCE) == [*kernels, "cpu", "chunked", "torch", "reference"]
 
 
@@ -91,7 +91,7 @@ def test_unknown_names() -> None:
         ValueError, match="no implementation 'varlen' of operation 'head'; there are: auto, triton, cpu"
     ):
         choose("head", "varlen", {})
-    with pytest.raises(ValueError, match="'fast' of head is not one of triton, triton_chunked, "):
+    with pytest.raises(ValueError, match="'fast' of head is not one of flash, varlen, triton, "):
         register("head", "fast", lambda: None, lambda inputs: [])
     with pytest.raises(ValueError, match="no operation 'body'; there are: head, mixer"), use_impl(body="cpu"):
         pass

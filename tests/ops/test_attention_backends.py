@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -277,6 +278,31 @@ def test_determinism_of_torch_is_as_it_was(torch_flash: Flash) -> None:
             torch.set_deterministic_debug_mode(0)
 
 
+def test_one_thread_at_a_time_sets_determinism() -> None:
+    # the second to enter would take the first one's setting for that of before, and put it back after the first
+    entered, left = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with varlen._deterministic():
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=second)
+    before = torch.get_deterministic_debug_mode()
+    try:
+        with varlen._deterministic():
+            thread.start()
+            assert not entered.wait(0.2)
+        left.set()
+        thread.join(10)
+        assert entered.is_set()
+        assert torch.get_deterministic_debug_mode() == before
+    finally:
+        left.set()
+        thread.join(10)
+        torch.set_deterministic_debug_mode(before)
+
+
 def test_a_logsumexp_of_another_shape_is_not_taken(monkeypatch: pytest.MonkeyPatch, torch_flash: Flash) -> None:
     forward = torch.ops.aten._flash_attention_forward
 
@@ -443,8 +469,6 @@ def test_what_is_broken_is_refused(monkeypatch: pytest.MonkeyPatch, tested_every
     if options:
         assert len(found) == 1
         assert _faults() == []  # who does not ask for it can have the rest
-        error = float(re.search(r"off by ([\d.]+)%", found[0])[1]) / 100  # type: ignore[index]
-        assert error > 4 * selftest.TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("fault", BROKEN)
@@ -494,6 +518,22 @@ def test_a_backend_that_raises_or_gives_no_numbers(monkeypatch: pytest.MonkeyPat
     ]
     assert "is off by inf%" in selftest.of("flash", not_a_number)(inputs)[0]
     selftest.of("flash", flash.tree_attention)
+
+
+def test_too_little_memory_is_not_a_fault(monkeypatch: pytest.MonkeyPatch, tested_everywhere: None) -> None:
+    room = False
+
+    def run(*args: Any, **options: Any) -> Tensor:
+        if not room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return cpu.tree_attention(*args, **options)
+
+    monkeypatch.setitem(selftest._backends, "flash", run)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            _faults()
+    room = True
+    assert _faults() == []
 
 
 def test_a_broken_backend_is_refused_by_name_and_passed_over_by_auto(
@@ -568,7 +608,7 @@ def _table() -> dict[str, dict[str, str]]:
 
 def _takes(name: str, device: str, dtype: torch.dtype, sizes: tuple[int, int], **options: Any) -> bool:
     found = _dispatch._implementations["tree_attention"][name].why_not(described(sizes, dtype, device, **options))
-    return not [reason for reason in found if "GPU" not in reason or device == "cpu"]
+    return not found
 
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -595,4 +635,4 @@ def test_the_table_of_the_readme_is_what_the_backends_take(monkeypatch: pytest.M
             assert row[column] == ("yes" if _takes(name, device, dtype, (64, 64), **options) else "no"), (name, column)
         assert row["unequal heads"] == ("yes" if _takes(name, device, dtype, (192, 128)) else "no"), name
         other = {"cpu": "cuda", "cuda": "cpu"}[device]
-        assert (row["device"] == "any") == (_takes(name, other, dtype, (64, 64)) and name == "reference"), name
+        assert (row["device"] == "any") == (_takes(name, other, dtype, (64, 64)) and name != "flex"), name

@@ -87,6 +87,17 @@ def test_blocks_that_nobody_sees_are_left_out(small_blocks: None) -> None:
     assert _check_blocks(star, None) == (2 + 20, 1 + 2 * 20)
 
 
+def test_block_masks_made_in_inference_mode_can_be_trained_with() -> None:
+    plan = plan_of([make_pair([1] * 40, [2], [3])])  # whose mask nobody has made
+    with torch.inference_mode():
+        mask = flex.block_mask(plan, 7)
+    lists = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
+    of_queries = (mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices)
+    read = [cell.cell_contents for cell in mask.mask_mod.__closure__ or ()]
+    assert len(read) == 3
+    assert not any(x.is_inference() for x in (*lists, *of_queries, *read) if x is not None)
+
+
 def _flex_inputs(plan: TreePlan, sizes: tuple[int, int] = (16, 16), sinks: bool = False) -> list[Tensor]:
     return random_inputs(plan, sizes=sizes, dtype=torch.float32, sinks=sinks)
 
@@ -141,9 +152,13 @@ def test_past_the_limit_of_recompilations_flex_raises() -> None:
 
 def test_flex_without_tokens() -> None:
     inputs = [torch.empty(shape, requires_grad=True) for shape in ((0, 4, 16), (0, 2, 16), (0, 2, 8))]
-    output = flex.tree_attention(*inputs, no_tokens(), scale=1.0)
-    assert output.shape == (0, 4, 8)
-    assert [g.shape for g in torch.autograd.grad(output.sum(), inputs)] == [x.shape for x in inputs]
+    sinks = torch.tensor([0.5, torch.inf, -torch.inf, -2.0], dtype=torch.float64, requires_grad=True)
+    for more in ([], [sinks]):
+        output = flex.tree_attention(*inputs, no_tokens(), scale=1.0, sinks=sinks if more else None)
+        assert (output.shape, output.dtype) == ((0, 4, 8), torch.float32)
+        gradients = torch.autograd.grad(output.sum(), inputs + more)
+        assert [(g.shape, g.dtype) for g in gradients] == [(x.shape, x.dtype) for x in inputs + more]
+        assert not any(g.any() for g in gradients)
 
 
 def test_flex_says_why_not() -> None:

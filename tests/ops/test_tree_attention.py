@@ -113,6 +113,21 @@ def test_every_branch_sees_itself_and_nothing_else(
     _close(plan, heads, window, impl)
 
 
+@pytest.mark.parametrize("window", [2**31 - 1, 2**40])
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_windows_beyond_int32(impl: str, window: int) -> None:
+    plan = PLANS["forest"]
+    qkv = _qkv(plan)
+    windowed, plain = (
+        value_and_gradients(
+            lambda q, k, v, w=w: tree_attention(q, k, v, plan, scale=0.3, sliding_window=w, impl=impl), qkv, qkv[0]
+        )
+        for w in (window, None)
+    )
+    for a, b in zip(windowed, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 OPTIONS = {"softcap": (1.5, False), "sinks": (None, True), "both": (1.5, True)}
 
 
@@ -299,6 +314,23 @@ def test_the_same_bits_every_time(dtype: torch.dtype) -> None:
     first = run()
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_a_plan_first_used_in_inference_mode_can_be_trained_on(impl: str) -> None:
+    results = []
+    for first in (torch.inference_mode, torch.no_grad):
+        plan = _plan(forest_pairs())  # whose blocks nobody has made
+        qkv = _qkv(plan)
+        with first():
+            tree_attention(*qkv, plan, scale=0.4, impl=impl)
+        upstream = torch.ones(plan.num_tokens, 4, 8, dtype=qkv[0].dtype)
+        results.append(
+            value_and_gradients(
+                lambda q, k, v, plan=plan: tree_attention(q, k, v, plan, scale=0.4, impl=impl), qkv, upstream
+            )
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_autocast_casts() -> None:

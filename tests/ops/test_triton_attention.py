@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stepdpo_kernels import _dispatch
-from stepdpo_kernels.ops.tree_attention import api, flash, tree_attention, varlen
+from stepdpo_kernels.ops.tree_attention import selftest, tree_attention
 from stepdpo_kernels.ops.tree_attention.reference import dense_mask
 from stepdpo_kernels.ops.tree_attention.triton_tiles import Shape, intervals, make_tiles
 from stepdpo_kernels.packing import build_batch
 from stepdpo_kernels.types import Ragged, StepPair, TreePlan
+from tests.attention import described, no_tokens, plan_of, random_inputs, star
 from tests.forests import forest_pairs, make_pair, nested_pairs, step_pairs
 from tests.numerics import assert_as_good_as_eager, value_and_gradients
 
@@ -32,30 +33,16 @@ pytestmark = pytest.mark.skipif(not triton_kernel.INTERPRETED, reason="for Trito
 NAMES = ["output", "dQ", "dK", "dV", "d sinks"]
 
 
-def _plan(pairs: Sequence[StepPair], share: str = "tree") -> TreePlan:
-    return build_batch(pairs, range(len(pairs)), share).plan
-
-
 PLANS = {
-    "forest": _plan(forest_pairs()),
-    "nested": _plan(nested_pairs()),
-    "pairs": _plan(nested_pairs()[:3], "pair"),
-    "one leaf": _plan([make_pair([1, 2, 3], [4, 5], [4, 5])]),
-    "one token": _plan([make_pair([1], [2], [3])]),
+    "forest": plan_of(forest_pairs()),
+    "nested": plan_of(nested_pairs()),
+    "pairs": plan_of(nested_pairs()[:3], "pair"),
+    "one leaf": plan_of([make_pair([1, 2, 3], [4, 5], [4, 5])]),
+    "one token": plan_of([make_pair([1], [2], [3])]),
 }
 
 
-def _inputs(
-    plan: TreePlan,
-    heads: tuple[int, int] = (4, 2),
-    sizes: tuple[int, int] = (8, 8),
-    sinks: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> list[Tensor]:
-    """query, key, value and sinks, if any."""
-    generator = torch.Generator().manual_seed(plan.num_tokens)
-    shapes = [(plan.num_tokens, h, size) for h, size in zip((*heads, heads[1]), (sizes[0], *sizes), strict=True)]
-    return [torch.randn(*s, generator=generator).to(dtype) for s in ([*shapes, heads[:1]] if sinks else shapes)]
+_inputs = partial(random_inputs, dtype=torch.float32)  # query, key, value and sinks, if any
 
 
 def _upstream(inputs: list[Tensor]) -> Tensor:
@@ -133,10 +120,21 @@ def test_windows(plan: str, window: int | None) -> None:
     _close(PLANS[plan], _inputs(PLANS[plan], (2, 1)), sliding_window=window)
 
 
+@pytest.mark.parametrize("window", [2**31 - 1, 2**40])
+def test_windows_beyond_int32(window: int) -> None:
+    plan = PLANS["pairs"]
+    inputs = _inputs(plan, (2, 1))
+    upstream = _upstream(inputs)
+    windowed, plain = (
+        value_and_gradients(_attention(plan, sliding_window=w), inputs, upstream) for w in (window, None)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(windowed, plain, strict=True))
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(step_pairs(), st.sampled_from(["tree", "pair", "none"]), st.one_of(st.none(), st.integers(1, 9)))
 def test_any_forest(pairs: list[StepPair], share: str, window: int | None) -> None:
-    plan = _plan(pairs, share)
+    plan = plan_of(pairs, share)
     _close(plan, _inputs(plan, (2, 1)), sliding_window=window)
 
 
@@ -150,7 +148,7 @@ def test_every_option(
     dtype: torch.dtype, sizes: tuple[int, int], window: int | None, sinks: bool, softcap: float | None
 ) -> None:
     plan = PLANS["nested"]
-    _check(plan, _inputs(plan, (6, 2), sizes, sinks, dtype), sliding_window=window, softcap=softcap)
+    _check(plan, _inputs(plan, (6, 2), sizes, sinks=sinks, dtype=dtype), sliding_window=window, softcap=softcap)
 
 
 # ---- which tiles are visited ----------------------------------------------------------------------------------------
@@ -186,7 +184,7 @@ def _listed(lists: Tensor) -> list[set[int]]:
 def test_tiles_that_nobody_sees_are_left_out(
     pairs: list[StepPair], share: str, window: int | None, group: int, shape: tuple[int, int]
 ) -> None:
-    plan = _plan(pairs, share)
+    plan = plan_of(pairs, share)
     tiles = make_tiles(plan, window, group, Shape(4, 4), Shape(*shape), Shape(*shape))
     rows = dense_mask(plan, window).repeat_interleave(group, dim=0)  # (T * group, T)
     exact = [{int(s) // shape[1] for s in block.any(dim=0).nonzero()} for block in rows.split(shape[0])]
@@ -201,18 +199,30 @@ def test_tiles_that_nobody_sees_are_left_out(
 
 
 def test_a_window_leaves_out_tiles() -> None:
-    plan = _plan([make_pair([1] * 64, [2], [3])])
+    plan = plan_of([make_pair([1] * 64, [2], [3])])
     tiles = make_tiles(plan, 8, 1, *[Shape(8, 8)] * 3)
     assert tiles.forward[:, 0].tolist() == [1] + [2] * 7
 
 
 def test_tiles_are_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, searchsorted = _plan(nested_pairs()), Mock(wraps=torch.searchsorted)
+    plan, searchsorted = plan_of(nested_pairs()), Mock(wraps=torch.searchsorted)
     monkeypatch.setattr(torch, "searchsorted", searchsorted)
     inputs = [x.requires_grad_() for x in _inputs(plan, (2, 1))]
     first, second = (_attention(plan)(*inputs) for _ in range(2))
     torch.autograd.grad(first.sum() + second.sum(), inputs)
     assert searchsorted.call_count == 3
+
+
+def test_a_plan_first_used_in_inference_mode_can_be_trained_on() -> None:
+    pairs = [make_pair([1, 2, 3], [4, 5], [6])]
+    inputs = _inputs(plan_of(pairs))
+    upstream, results = _upstream(inputs), []
+    for first in (torch.inference_mode, torch.no_grad):
+        plan = plan_of(pairs)  # whose tiles nobody has made
+        with first():
+            _attention(plan)(*inputs)
+        results.append(value_and_gradients(_attention(plan), inputs, upstream))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_plan_out_of_order_fails() -> None:
@@ -233,9 +243,7 @@ def test_a_plan_out_of_order_fails() -> None:
 
 
 def test_no_tokens() -> None:
-    nothing = np.empty(0, np.int64)
-    cu = torch.zeros(1, dtype=torch.int32)
-    plan = TreePlan(keys=Ragged.from_rows(nothing, nothing, 0), cu_q=cu, cu_k=cu, max_q=0, max_k=0)
+    plan = no_tokens()
     inputs = [x.requires_grad_() for x in _inputs(plan, sinks=True)]
     output = _attention(plan, sliding_window=3)(*inputs)
     assert output.shape == (0, 4, 8)
@@ -269,7 +277,7 @@ def test_sinks_that_take_all_or_nothing() -> None:
 
 def test_gradients_of_a_shared_prefix_are_summed_in_float32() -> None:
     # 400 leaves pull the root's value the same way: a bfloat16 sum would stand still.
-    plan = _plan([make_pair([1], [10 + 2 * i] * 2, [11 + 2 * i] * 2) for i in range(200)])
+    plan = star(400, root=1, tail=1)
     zeros = [torch.zeros(plan.num_tokens, 1, 8, dtype=torch.bfloat16) for _ in range(3)]
     upstream = torch.full_like(zeros[0], 0.3)
     d_value = value_and_gradients(_attention(plan), zeros, upstream)[3]
@@ -313,6 +321,21 @@ def test_inputs_and_gradient_need_not_be_contiguous() -> None:
             assert not any(x.is_contiguous() for x in leaves)
             gradients = torch.autograd.grad(_attention(plan)(*leaves), leaves, grad)
             assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+def test_heads_that_need_no_padding_are_kept_as_they_are() -> None:
+    plan = PLANS["nested"]
+    for sizes, kept in (((16, 16), [True, True, True]), ((16, 8), [True, True, False])):
+        inputs = [x.requires_grad_() for x in _inputs(plan, sizes=sizes)]
+        saved: set[int] = set()
+
+        def keep(x: Tensor, saved: set[int] = saved) -> Tensor:
+            saved.add(x.data_ptr())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            _attention(plan)(*inputs)
+        assert [x.data_ptr() in saved for x in inputs] == kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -399,15 +422,24 @@ def test_why_not() -> None:
 
 
 def test_auto_takes_it_where_flash_attention_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken: set[str] = set()
+    monkeypatch.setattr(selftest, "fault", lambda name, *_: f"{name} is broken" if name in broken else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def taken(dtype: torch.dtype = torch.bfloat16) -> str:
+        return _dispatch.choose("tree_attention", "auto", described(dtype=dtype)).name
+
+    assert taken() in ("flash", "varlen")
+    assert taken(torch.float32) == "triton"
+    broken |= {"flash", "varlen"}
+    assert taken() == "triton"
+    broken.add("triton")
+    assert taken() == "flex"
+
+
+def test_the_interpreter_is_asked_for_by_name() -> None:
     plan = PLANS["one leaf"]
     inputs = {**dict(zip(("query", "key", "value"), _inputs(plan), strict=True)), "plan": plan}
-    on_gpu = {"query": SimpleNamespace(device=torch.device("cuda"))}
-    monkeypatch.setattr(flash, "why_not", lambda inputs: ["it has no sinks"])
-    monkeypatch.setattr(varlen, "why_not", lambda inputs: ["it has no sinks"])
-    assert api._triton_why_not_auto(on_gpu) == []
-    assert api._triton_why_not_auto(inputs) == ["Triton's interpreter is for tests"]
-    monkeypatch.setattr(varlen, "why_not", lambda inputs: [])
-    assert api._triton_why_not_auto(on_gpu) == ["varlen takes these inputs, and which is faster is not measured"]
     assert _dispatch.choose("tree_attention", "auto", inputs).name == "cpu"
     assert _dispatch.choose("tree_attention", "triton", inputs).name == "triton"
 

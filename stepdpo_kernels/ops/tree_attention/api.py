@@ -49,6 +49,8 @@ def tree_attention(
         raise ValueError(f"heads do not fit: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
+    if sliding_window is not None:
+        sliding_window = min(sliding_window, max(plan.max_k, 1))  # int32 in kernels
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if sinks is not None and sinks.shape != (query.shape[1],):
@@ -68,17 +70,11 @@ def _triton(*args: Any, **options: Any) -> Tensor:
     return triton_kernel.tree_attention(*args, **options)
 
 
-def _triton_why_not_auto(inputs: dict[str, Any]) -> list[str]:
-    others = [name for name, why_not in (("flash", flash.why_not), ("varlen", varlen.why_not)) if not why_not(inputs)]
-    unmeasured = [f"{name} takes these inputs, and which is faster is not measured" for name in others[:1]]
-    return _dispatch.triton_why_not_auto("query")(inputs) + unmeasured
-
-
 _triton_why_not = _dispatch.triton_why_not("query", "stepdpo_kernels.ops.tree_attention.triton_kernel")
 for _name, _run, _why_not, _why_not_auto in (
-    ("triton", _triton, _triton_why_not, _triton_why_not_auto),
     ("flash", flash.tree_attention, flash.why_not, _dispatch.no_reason),
     ("varlen", varlen.tree_attention, varlen.why_not, _dispatch.no_reason),
+    ("triton", _triton, _triton_why_not, _dispatch.triton_why_not_auto("query")),
     ("flex", flex.tree_attention, flex.why_not, flex.why_not_auto),
 ):
     _dispatch.register("tree_attention", _name, _run, _why_not, _why_not_auto, selftest.of(_name, _run))

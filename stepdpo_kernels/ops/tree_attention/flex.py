@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stepdpo_kernels.ops.tree_attention.blocks import is_depth_first
-from stepdpo_kernels.ops.tree_attention.triton_tiles import intervals
+from stepdpo_kernels.ops.tree_attention.triton_tiles import intervals, listed
 from stepdpo_kernels.types import TreePlan
 
 if TYPE_CHECKING:
@@ -30,13 +30,8 @@ BLOCK = 128
 MIN_SIZE = 16  # of a head, on CUDA
 
 
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(1, 1, n) how many of each row (n, n) bool are true, (1, 1, n, n) which, ascending; int32."""
-    order = blocks.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    return blocks.sum(dim=1).to(torch.int32)[None, None], order.to(torch.int32)[None, None]
-
-
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what is kept may be saved for a backward
 def block_mask(plan: TreePlan, window: int | None) -> BlockMask:
     """The mask of a plan, which all layers share: the last few are kept.
 
@@ -64,8 +59,9 @@ def block_mask(plan: TreePlan, window: int | None) -> BlockMask:
     def sees(batch: Tensor, head: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return (s <= t) & (t < ends[s]) & (depths[t] - depths[s] < reach)
 
+    partial, full = (some & ~every)[None, None], every[None, None]
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~every), *_listed(every), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
+        *listed(partial), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
     )
 
 
@@ -124,7 +120,8 @@ def tree_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     if not plan.num_tokens:
-        return query.new_empty(0, query.shape[1], value.shape[2]) + (query.sum() + key.sum() + value.sum())
+        inputs = (query, key, value) if sinks is None else (query, key, value, sinks.to(query.dtype))
+        return query.new_empty(0, query.shape[1], value.shape[2]) + sum(x[:0].sum() for x in inputs)
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     cap = None if softcap is None else torch.tensor(softcap, device=query.device)
     output, lse = compiled()(q, k, v, block_mask(plan, sliding_window), cap, scale, sinks is not None)

@@ -91,6 +91,8 @@ def _compare(name: str, device: torch.device, dtype: torch.dtype, sizes: tuple[i
     where = f"it fails its self-test on {device} in {dtype}" + (f" with {feature}" if feature else "")
     try:
         ours = _results(_backends[name], narrow, upstream, plan=plan, **options)
+    except torch.OutOfMemoryError:  # another time there may be room
+        raise
     except Exception as raised:  # whatever a kernel raises that does not fit this device
         return f"{where}: {type(raised).__name__}: {raised}"
     error, worst = _error(ours, exact)

@@ -6,8 +6,9 @@ once for all of them and a block spans few tokens, which keeps what it sees smal
     forward    grid (blocks of rows, G); over the tiles of keys that the block sees, in order:
                m' = max(m, max z)   l = l exp(m - m') + sum exp(z - m')   o = o exp(m - m') + exp(z - m') v
                O = o / l, kept for backward: m and log l; a sink is a first key of weight exp(sink - m) without value
-    backward   p = exp((z - m) - log l)      dS = p (dO V^T - delta) cap'      delta = rowsum(O dO)
-               grid (blocks of rows, G): dQ = scale dS K over the block's tiles of keys; delta
+    backward   p = exp((z - m) - log l)      dS = p (dO V^T - delta) cap'
+               grid (rows of all heads): delta = rowsum(O dO)
+               grid (blocks of rows, G): dQ = scale dS K over the block's tiles of keys
                grid (tiles of keys, G):  dV = p^T dO, dK = scale dS^T Q over the blocks of rows that see the tile
                d sink = - sum over tokens of exp(sink - m - log l) delta
 
@@ -15,8 +16,9 @@ Which tiles a block sees is in lists (triton_tiles.py) and not found out by test
 between the loads of neighbouring tiles, which then cannot overlap with products. Within a tile two numbers of a key
 and of a query, end of subtree and depth, decide.
 
-Moved in forward: Q and O once, K and V once for each block that sees them, mostly from the L2 cache; in backward that
-twice, and Q and dO once more for each tile of keys that they see. Every sum has one order.
+Moved in forward: Q and O once, K and V once for each block that sees them, mostly from the L2 cache. In backward: O and
+dO once for delta; Q, dO and dQ once, K and V once for each block that sees them; K, V, dK and dV once, Q and dO once
+for each tile of keys that they see. Every sum has one order.
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ def _rows(block, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
 def _tile(x, token, head, stride_t, stride_h, T, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """[tokens, BLOCK] of (T, heads, SIZE), 0 outside it; head is a number or one for each token."""
     c = tl.arange(0, BLOCK)
-    offset = token.to(tl.int64) * stride_t + head * stride_h
+    offset = token.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h
     inside = (token < T)[:, None]
     if SIZE != BLOCK:
         inside = inside & (c < SIZE)[None, :]
@@ -525,7 +527,6 @@ def _gradients(
     sinks: Tensor | None,
     ends: Tensor,
     depths: Tensor,
-    forward: Tensor,
     d_query_tiles: Tensor,
     d_key_tiles: Tensor,
     scale: float,
@@ -575,11 +576,11 @@ def _(grad, out, stats, query, key, value, sinks, *_):  # type: ignore[no-untype
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.sliding_window, ctx.softcap = inputs
+    *tensors, _, d_query_tiles, d_key_tiles, ctx.scale, ctx.sliding_window, ctx.softcap = inputs
     out, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(out, stats, *tensors)
+    ctx.save_for_backward(out, stats, *tensors, d_query_tiles, d_key_tiles)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -610,6 +611,7 @@ def tree_attention(
     config = _config(query, value)
     group = query.shape[1] // key.shape[1]
     tiles = tiles_of(plan, sliding_window, group, *config.shapes)
-    q, k, v = (pad(x, (0, -x.shape[2] % 16)) for x in (query, key, value))
+    # pad copies even where it has nothing to add
+    q, k, v = (pad(x, (0, -x.shape[2] % 16)) if x.shape[2] % 16 else x for x in (query, key, value))
     output = _attention(q, k, v, sinks, *tiles, scale, sliding_window, softcap)[0]
     return output[:, :, : value.shape[2]]

@@ -67,10 +67,16 @@ def intervals(plan: TreePlan) -> tuple[Tensor, Tensor]:
     return ends, depths
 
 
+def listed(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., n) how many of each row of (..., n, m) bool are true, (..., n, m) which, ascending, then others; int32."""
+    order = visible.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return visible.sum(dim=-1).to(torch.int32), order.to(torch.int32)
+
+
 def _lists(visible: Tensor) -> Tensor:
-    """(n, 1 + m) int32 from (n, m) bool: how many are true, and which, ascending."""
-    order = visible.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    return torch.cat([visible.sum(dim=1, keepdim=True), order], dim=1).to(torch.int32)
+    """(n, 1 + m): what `listed` gives, side by side."""
+    many, which = listed(visible)
+    return torch.cat([many[:, None], which], dim=1)
 
 
 def _visible(ends: Tensor, depths: Tensor, window: int | None, group: int, shape: Shape) -> Tensor:
@@ -99,7 +105,7 @@ def make_tiles(plan: TreePlan, window: int | None, group: int, forward: Shape, d
     return Tiles(ends.to(torch.int32), depths.to(torch.int32), _lists(seen), _lists(seen_again), _lists(seen_by.T))
 
 
-_kept = lru_cache(maxsize=4)(make_tiles)
+_kept = lru_cache(maxsize=4)(torch.inference_mode(False)(make_tiles))  # what is kept may be saved for a backward
 
 
 def tiles_of(plan: TreePlan, window: int | None, group: int, forward: Shape, d_query: Shape, d_key: Shape) -> Tiles:

@@ -6,6 +6,7 @@ Whichever FlashAttention torch.nn.attention.activate_flash_attention_impl has pu
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,19 +18,22 @@ from stepdpo_kernels.ops.tree_attention import leaf_paths
 from stepdpo_kernels.ops.tree_attention.leaf_paths import Call, Kernel
 from stepdpo_kernels.types import TreePlan
 
+_setting = threading.Lock()  # autograd has a thread for each device, and the setting is the process's
+
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """torch's FlashAttention sums dQ in order where torch is told to be deterministic, and only there."""
     settings: Any = torch.utils.deterministic
-    mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
-    torch.set_deterministic_debug_mode("error")
-    settings.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
-        settings.fill_uninitialized_memory = fill
+    with _setting:
+        mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+        torch.set_deterministic_debug_mode("error")
+        settings.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(mode)
+            settings.fill_uninitialized_memory = fill
 
 
 def _arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
