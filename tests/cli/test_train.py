@@ -189,6 +189,19 @@ def test_evaluation_pairs_limit_and_tokenizer(arguments, step_records, tmp_path,
     assert sum("eval_loss" in entry for entry in history) == 2
 
 
+def test_whole_solutions(arguments, step_records, tmp_path, capsys):
+    records = step_records(2, 4)
+    records[1]["full_rejected"] = ""
+    data = write_jsonl(tmp_path / "solutions.jsonl", records)
+    run(arguments("run", data=data, eval_data=data, eval_strategy="epoch", unit="solution", num_train_epochs=1))
+    out = capsys.readouterr().out
+    assert out.count("8 records, 7 kept; 1 left out as empty_branch: solutions.jsonl, line 2") == 2
+    assert "trained 2 steps on 7 pairs" in out
+    logs = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    steps = [entry["logps/chosen"] for entry in logs if "logps/chosen" in entry]
+    assert max(steps) < -200  # of whole solutions, about 60 tokens over 512
+
+
 def test_a_run_can_be_repeated_resumed_and_gives_the_same(arguments, tmp_path, capsys):
     run(arguments("one"))
     run(arguments("two"))
