@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepdpo_kernels.cli import main
 from stepdpo_kernels.cli.train import parse
+from stepdpo_kernels.types import StepDPOError
 from tests.trainer.training import assert_same_weights, entries, weights, write_jsonl
 
 
@@ -92,6 +93,20 @@ def test_a_file_gives_options_and_the_command_line_overrides_them(yaml_file):
         options, config = parse([*arguments, "--strict", "false", "--model", "other", "--report_to", "none"])
         assert (options.model, options.data, options.strict) == ("other", "pairs.jsonl", False)
         assert (config.beta, config.share, config.report_to) == (0.3, "pair", [])
+
+
+def test_several_losses(yaml_file):
+    file = yaml_file({"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.2]})
+    for arguments in (["--config", file], ["--loss_type", "sigmoid", "sft", "--loss-weights", "1", "0.2"]):
+        config = parse([*REQUIRED, *arguments])[1]
+        assert (config.loss_type, config.loss_weights) == (["sigmoid", "sft"], [1.0, 0.2])
+        assert config.build_loss().mixture == {"sigmoid": 1.0, "sft": 0.2}
+    for arguments in (["--config", yaml_file({"loss_type": "hinge"})], ["--loss_type", "hinge"], ["--loss-type=hinge"]):
+        assert parse([*REQUIRED, *arguments])[1].loss_type == "hinge"
+    assert parse(REQUIRED)[1].loss_type == "sigmoid"
+    assert parse(["--config", file, *REQUIRED, "--loss_type", "ipo", "hinge"])[1].loss_type == ["ipo", "hinge"]
+    with pytest.raises(StepDPOError, match=r"--loss_weights.*: invalid float value: 'x'"):
+        parse([*REQUIRED, "--loss_weights", "x"])
 
 
 @pytest.mark.parametrize(
