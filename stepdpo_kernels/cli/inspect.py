@@ -36,6 +36,11 @@ class Boundary(StrEnum):
     SEPARATE = "separate"
 
 
+class Unit(StrEnum):
+    STEP = "step"
+    SOLUTION = "solution"
+
+
 class Cost(NamedTuple):
     """What one way of laying out all pairs takes.
 
@@ -60,6 +65,7 @@ def inspect(
         str, typer.Option(help="Prompt format: chat, alpaca, deepseek-math, qwen2-boxed or none.")
     ] = "chat",
     boundary: Annotated[Boundary, typer.Option(help="How a step is cut from its prefix.")] = Boundary.JOINT,
+    unit: Annotated[Unit, typer.Option(help="What is preferred: a step, or a whole solution (DPO).")] = Unit.STEP,
     max_length: Annotated[
         int, typer.Option(help="Longest prefix and step in tokens; longer pairs are left out.")
     ] = 1024,
@@ -98,6 +104,7 @@ def inspect(
             tokens_of,
             template=template,
             boundary=boundary.value,
+            unit=unit.value,
             max_length=max_length,
             max_tokens=max_tokens,
             limit=limit,

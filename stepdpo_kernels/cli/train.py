@@ -44,6 +44,9 @@ class DataAndModel:
         default="chat", metadata={"help": "Prompt format: chat, alpaca, deepseek-math, qwen2-boxed or none."}
     )
     boundary: str = field(default="joint", metadata={"help": "How a step is cut from its prefix: joint or separate."})
+    unit: str = field(
+        default="step", metadata={"help": "What is preferred: a step (Step-DPO), or a whole solution (DPO)."}
+    )
     max_length: int = field(
         default=1024, metadata={"help": "Longest prefix and step in tokens; longer pairs are left out."}
     )
@@ -157,6 +160,7 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
             tokenizer,
             template=options.template,
             boundary=options.boundary,
+            unit=options.unit,
             max_length=options.max_length,
             max_tokens=config.max_tokens_per_batch,
             share=config.share,

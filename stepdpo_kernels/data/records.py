@@ -2,6 +2,11 @@
 
 Required strings: `prompt`, `initial_reason_steps` (may be empty), `chosen`, `rejected`. Optional: `id` (string or
 integer), `group` (string), `weight` (number). Every other field is ignored.
+
+Unit "solution" reads `full_chosen` and `full_rejected` in place of `chosen` and `rejected`. In the released dataset
+these begin with the step in question, so that `initial_reason_steps` + `full_chosen` is the whole solution; a text
+that begins with the initial steps is whole already. They may be missing: many released records have no
+`full_rejected`.
 """
 
 from __future__ import annotations
@@ -13,8 +18,10 @@ from typing import Any, NamedTuple
 
 from stepdpo_kernels.types import StepDPOError
 
+UNITS = ("step", "solution")
+BRANCH_FIELDS = {"step": ("chosen", "rejected"), "solution": ("full_chosen", "full_rejected")}
 TEXT_FIELDS = ("prompt", "initial_reason_steps", "chosen", "rejected")
-FIELDS = (*TEXT_FIELDS, "id", "group", "weight")
+FIELDS = (*TEXT_FIELDS, *BRANCH_FIELDS["solution"], "id", "group", "weight")
 
 
 class RawRecord(NamedTuple):
@@ -32,7 +39,11 @@ class RawRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """A checked record. `where` names its file and line or row."""
+    """A checked record. `where` names its file and line or row.
+
+    chosen, rejected:  the texts of the unit's `BRANCH_FIELDS`; of unit "solution" without the initial steps, and ""
+                       where the record has none
+    """
 
     where: str
     id: str
@@ -60,30 +71,42 @@ def _article(value: object) -> str:
     return "null" if value is None else f"{type(value).__name__} {shorten(value)}"
 
 
-def check_record(raw: RawRecord) -> StepRecord:
+def check_record(raw: RawRecord, unit: str = "step") -> StepRecord:
     """The record with its defaults filled in: `id` from its place, `group` from its prompt, `weight` 1.
 
     Raises StepDPOError that names the place, the field, its type and its value.
     """
-    value = raw.value
+    value, branches = raw.value, BRANCH_FIELDS[unit]
+    fields = (*TEXT_FIELDS[:2], *branches)
     if not isinstance(value, dict):
         raise StepDPOError(
-            f"{raw.where}: a record must be an object with the fields {', '.join(TEXT_FIELDS)}, got {_article(value)}"
+            f"{raw.where}: a record must be an object with the fields {', '.join(fields)}, got {_article(value)}"
         )
     name = raw.where if value.get("id") is None else f"{raw.where} (id {shorten(value['id'])})"
-    for field in TEXT_FIELDS:
-        if field not in value:
+    texts: list[Any] = []
+    for field in fields:
+        text = value.get(field)
+        if text is None and unit == "solution" and field in branches:
+            text = ""
+        elif field not in value:
             raise StepDPOError(
-                f"{name}: field {field!r} is missing; a record needs {', '.join(TEXT_FIELDS)}, "
+                f"{name}: field {field!r} is missing; a record needs {', '.join(fields)}, "
                 f"this one has {', '.join(map(str, value)) or 'no fields'}"
             )
-        _check_text(name, field, value[field])
+        _check_text(name, field, text)
+        texts.append(text)
+    prompt, steps, *both = texts
+    if unit == "solution":
+        both = [text.removeprefix(steps) for text in both]
     return StepRecord(
         where=raw.where,
         id=_id(raw, value.get("id")),
         group=_group(name, value),
         weight=_weight(name, value.get("weight")),
-        **{field: value[field] for field in TEXT_FIELDS},
+        prompt=prompt,
+        initial_reason_steps=steps,
+        chosen=both[0],
+        rejected=both[1],
     )
 
 

@@ -13,6 +13,9 @@ space before the step.
 
 Special tokens: those that the tokenizer itself puts before a text (BOS) stand once at the front, none with a chat
 template, which writes its own. Those that it puts after a text (EOS) are left out: a step is not the end.
+
+Unit "solution" (Rafailov et al. 2023, arXiv 2305.18290: DPO): the prefix is the prompt alone, a branch is a whole
+solution, from the first step on, and the mark that ends it, once. The text before a step is the same in both units.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from stepdpo_kernels.data.records import StepRecord
-from stepdpo_kernels.data.templates import check_template, render_prompt, separator
+from stepdpo_kernels.data.records import UNITS, StepRecord
+from stepdpo_kernels.data.templates import check_template, end_of_answer, render_prompt, separator
 from stepdpo_kernels.types import StepDPOError
 
 if TYPE_CHECKING:
@@ -38,6 +41,14 @@ class TokenizedStep(NamedTuple):
     rejected_ids: list[int]
 
 
+class _Texts(NamedTuple):
+    """The text before the boundary, and the two texts after it."""
+
+    prefix: str
+    chosen: str
+    rejected: str
+
+
 class _Encoded(NamedTuple):
     """ids: token ids; ends: for each, how many characters of the text lie at or before its end."""
 
@@ -46,16 +57,25 @@ class _Encoded(NamedTuple):
 
 
 class StepTokenizer:
-    """Tokenises records in batches with one tokenizer, prompt template and rule for the boundary.
+    """Tokenises records in batches with one tokenizer, prompt template, rule for the boundary and unit.
 
-    Raises StepDPOError for an unknown template or boundary, for template "chat" with a tokenizer that has no chat
-    template, and for boundary "joint" with a tokenizer that reports no offsets.
+    Raises StepDPOError for an unknown template, boundary or unit, for template "chat" with a tokenizer that has no chat
+    template, for boundary "joint" with a tokenizer that reports no offsets, and for unit "solution" where nothing ends
+    one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, template: str = "chat", boundary: str = "joint") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str = "chat",
+        boundary: str = "joint",
+        unit: str = "step",
+    ) -> None:
         check_template(template, tokenizer)
-        if boundary not in BOUNDARIES:
-            raise StepDPOError(f"boundary must be one of {', '.join(BOUNDARIES)}; got {boundary!r}")
+        for name, value, choices in (("boundary", boundary, BOUNDARIES), ("unit", unit, UNITS)):
+            if value not in choices:
+                raise StepDPOError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         if boundary == "joint" and not getattr(tokenizer, "is_fast", False):
             raise StepDPOError(
                 f"boundary 'joint' needs the offsets of the tokens, which {type(tokenizer).__name__} does not report; "
@@ -64,6 +84,7 @@ class StepTokenizer:
         self.tokenizer = tokenizer
         self.template = template
         self.boundary = boundary
+        self.end = end_of_answer(template, tokenizer) if unit == "solution" else None
         self._lead: list[int] | None = [] if template == "chat" else None
 
     def __call__(self, records: Sequence[StepRecord]) -> list[TokenizedStep]:
@@ -72,16 +93,20 @@ class StepTokenizer:
             prompt: render_prompt(prompt, self.template, self.tokenizer)
             for prompt in dict.fromkeys(record.prompt for record in records)
         }
-        prefixes = [self._prefix(prompts[record.prompt], record.initial_reason_steps) for record in records]
-        cut = self._joint if self.boundary == "joint" else self._separate
-        pairs = cut(prefixes, records)
-        lead = self._special_lead(next(filter(None, prefixes), ""))
+        texts = [self._texts(prompts[record.prompt], record) for record in records]
+        pairs = self._joint(texts) if self.boundary == "joint" else self._separate(texts)
+        lead = self._special_lead(next((text.prefix for text in texts if text.prefix), ""))
         if not lead:
             return pairs
         return [p if p.prefix_ids[: len(lead)] == lead else p._replace(prefix_ids=lead + p.prefix_ids) for p in pairs]
 
-    def _prefix(self, prompt: str, steps: str) -> str:
-        return prompt + separator(self.template) + steps if steps else prompt
+    def _texts(self, prompt: str, record: StepRecord) -> _Texts:
+        steps = record.initial_reason_steps
+        before = separator(self.template) + steps if steps else ""
+        if self.end is None:
+            return _Texts(prompt + before, record.chosen, record.rejected)
+        solutions = [text.removesuffix(self.end) for text in (record.chosen, record.rejected)]
+        return _Texts(prompt, *(before + text + self.end for text in solutions))
 
     def _special_lead(self, text: str) -> list[int]:
         """The special tokens that the tokenizer puts before a text of its own accord, found out from `text`."""
@@ -108,12 +133,11 @@ class StepTokenizer:
             for text, encoding in zip(distinct, encodings, strict=True)
         }
 
-    def _joint(self, prefixes: Sequence[str], records: Sequence[StepRecord]) -> list[TokenizedStep]:
-        chosen = [prefix + record.chosen for prefix, record in zip(prefixes, records, strict=True)]
-        rejected = [prefix + record.rejected for prefix, record in zip(prefixes, records, strict=True)]
-        encoded = self._encode(chosen + rejected)
+    def _joint(self, texts: Sequence[_Texts]) -> list[TokenizedStep]:
+        whole = [(prefix, prefix + chosen, prefix + rejected) for prefix, chosen, rejected in texts]
+        encoded = self._encode([text for _, *both in whole for text in both])
         pairs = []
-        for prefix, right, wrong in zip(prefixes, chosen, rejected, strict=True):
+        for prefix, right, wrong in whole:
             a, b = encoded[right].ids, encoded[wrong].ids
             limit = min(self._cut(text, encoded[text], len(prefix)) for text in (right, wrong))
             shared = next((i for i in range(limit) if a[i] != b[i]), limit)
@@ -136,10 +160,7 @@ class StepTokenizer:
             return end + spaces
         return end
 
-    def _separate(self, prefixes: Sequence[str], records: Sequence[StepRecord]) -> list[TokenizedStep]:
-        before = self._ids(prefixes)
-        steps = self._ids([step for record in records for step in (record.chosen, record.rejected)])
-        return [
-            TokenizedStep(before[prefix], steps[record.chosen], steps[record.rejected])
-            for prefix, record in zip(prefixes, records, strict=True)
-        ]
+    def _separate(self, texts: Sequence[_Texts]) -> list[TokenizedStep]:
+        before = self._ids([text.prefix for text in texts])
+        after = self._ids([text for _, *both in texts for text in both])
+        return [TokenizedStep(before[prefix], after[chosen], after[rejected]) for prefix, chosen, rejected in texts]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,8 @@ def step_dpo_loss(
     ref_logps: Tensor | None = None,  # (2P,)
     *,
     beta: float = 0.4,
-    loss_type: str = "sigmoid",
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     rpo_alpha: float = 0.0,
     simpo_gamma: float = 0.5,
@@ -25,7 +28,7 @@ def step_dpo_loss(
     """Mean loss over pairs, chosen branches first; labels are shifted, -100 where no loss.
 
     One equation for each type, as its paper has it (Step-DPO's is equation 2 of arXiv 2406.18629); `pair_losses.py`
-    names the others. No ref_logps: their log-ratios count as 0.
+    names the others. Several types are added up, each times its weight. No ref_logps: their log-ratios count as 0.
     """
     keep = (labels != -100).to(logits.dtype)
     if token_weights is not None:
@@ -39,21 +42,28 @@ def step_dpo_loss(
     beta_p = torch.full_like(win, beta) if betas is None else betas
     offset = torch.zeros_like(win) if offsets is None else offsets
     e = label_smoothing
-    if loss_type == "sigmoid":
-        x = beta_p * (win - lose) - offset
-        losses = -(1 - e) * F.logsigmoid(x) - e * F.logsigmoid(-x)
-    elif loss_type == "robust":
-        x = beta_p * (win - lose) - offset
-        losses = (-(1 - e) * F.logsigmoid(x) + e * F.logsigmoid(-x)) / (1 - 2 * e)
-    elif loss_type == "hinge":
-        losses = torch.clamp(1 - (beta_p * (win - lose) - offset), min=0)
-    elif loss_type == "ipo":
-        losses = (win / tokens_win - lose / tokens_lose - 1 / (2 * beta_p)) ** 2
-    elif loss_type == "simpo":
-        policy_win, policy_lose = logps.chunk(2)
-        x = beta_p / tokens_win * policy_win - beta_p / tokens_lose * policy_lose - simpo_gamma - offset
-        losses = -(1 - e) * F.logsigmoid(x) - e * F.logsigmoid(-x)
-    else:
-        raise ValueError(f"no loss_type {loss_type!r}")
-    losses = losses - rpo_alpha * logps.chunk(2)[0] / tokens_win
+    policy_win, policy_lose = logps.chunk(2)
+
+    def of_type(kind: str) -> Tensor:  # (P,)
+        if kind == "sigmoid":
+            x = beta_p * (win - lose) - offset
+            return -(1 - e) * F.logsigmoid(x) - e * F.logsigmoid(-x)
+        if kind == "robust":
+            x = beta_p * (win - lose) - offset
+            return (-(1 - e) * F.logsigmoid(x) + e * F.logsigmoid(-x)) / (1 - 2 * e)
+        if kind == "hinge":
+            return torch.clamp(1 - (beta_p * (win - lose) - offset), min=0)
+        if kind == "ipo":
+            return (win / tokens_win - lose / tokens_lose - 1 / (2 * beta_p)) ** 2
+        if kind == "simpo":
+            x = beta_p / tokens_win * policy_win - beta_p / tokens_lose * policy_lose - simpo_gamma - offset
+            return -(1 - e) * F.logsigmoid(x) - e * F.logsigmoid(-x)
+        if kind == "sft":
+            return -policy_win / tokens_win
+        raise ValueError(f"no loss_type {kind!r}")
+
+    types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    factors = [1.0] * len(types) if loss_weights is None else loss_weights
+    losses = sum((w * of_type(kind) for kind, w in zip(types, factors, strict=True)), torch.zeros_like(win))
+    losses = losses - rpo_alpha * policy_win / tokens_win
     return (losses if weights is None else weights * losses).mean()

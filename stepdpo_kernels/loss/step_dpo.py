@@ -8,6 +8,7 @@ What other types of loss make of h stands in pair_losses.py beside this file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from stepdpo_kernels.loss.pair_losses import (
     LENGTH_NORMALISED,
     REFERENCE_FREE,
     check_options,
+    mixture_of,
     pair_losses,
     per_token,
 )
@@ -35,6 +37,9 @@ class StepDPOOutput(NamedTuple):
     chosen_rewards, rejected_rewards:  beta * (policy - reference) log-ratio; of length-normalised losses per token
     margins:                           chosen_rewards - rejected_rewards
     accuracy:                          1.0 where the margin is positive, else 0.0
+
+    Of several types of loss, rewards and margins are those of the first that is not "sft", which has none of its own;
+    alone it gets those of "sigmoid" without a reference.
     """
 
     loss: Tensor
@@ -51,15 +56,17 @@ class StepDPOLoss(nn.Module):
 
     Args:
         beta: strength of the pull towards the reference; the paper uses 0.4 and 0.5. Of "ipo" it is tau.
-        loss_type: "sigmoid" (Step-DPO), "robust", "hinge", "ipo" or "simpo"; pair_losses.py has equations and sources.
+        loss_type: "sigmoid" (Step-DPO), "robust", "hinge", "ipo", "simpo" or "sft"; pair_losses.py has equations and
+            sources. Several of them are added up, each with margins of its own from the same log-probs.
         label_smoothing: probability that a preference is the wrong way round, in [0, 0.5). With "sigmoid" and "simpo"
-            conservative; "robust" needs it; "hinge" and "ipo" have no place for it.
-        reference_free: leave the reference out (its log-ratios count as 0). "simpo" always does.
+            conservative; "robust" needs it; "hinge", "ipo" and "sft" have no place for it.
+        reference_free: leave the reference out (its log-ratios count as 0). "simpo" and "sft" always do.
         softcap, logit_scale: as in `linear_logprob`, for models that transform their logits.
         impl: implementation of `linear_logprob`.
         rpo_alpha: weight of an added negative log-likelihood of the chosen step per token (RPO, Pang et al. 2024,
             arXiv 2404.19733, equation 1), multiplied by the pair's weight like the rest.
         simpo_gamma: target margin of "simpo" in units of reward; 0.5 unless given, and for no other loss.
+        loss_weights: factor of each loss_type, finite and >= 0, not all 0; 1 unless given.
 
     An empty branch has a log-prob of 0, in sums and per token; a pair of two has a margin of 0 and no gradient.
 
@@ -69,7 +76,7 @@ class StepDPOLoss(nn.Module):
     def __init__(
         self,
         beta: float = 0.4,
-        loss_type: str = "sigmoid",
+        loss_type: str | Sequence[str] = "sigmoid",
         label_smoothing: float = 0.0,
         reference_free: bool = False,
         softcap: float | None = None,
@@ -78,11 +85,15 @@ class StepDPOLoss(nn.Module):
         *,
         rpo_alpha: float = 0.0,
         simpo_gamma: float | None = None,
+        loss_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        check_options(beta, loss_type, label_smoothing, rpo_alpha, simpo_gamma)
+        self.mixture = mixture_of(loss_type, loss_weights)  # the weight of each type
+        check_options(beta, loss_type, self.mixture, label_smoothing, rpo_alpha, simpo_gamma)
         self.beta, self.loss_type, self.label_smoothing = beta, loss_type, label_smoothing
-        self.reference_free = reference_free or loss_type in REFERENCE_FREE
+        self.loss_weights = loss_weights
+        self._has_reference = any(kind not in REFERENCE_FREE for kind in self.mixture)
+        self.reference_free = reference_free or not self._has_reference
         self.softcap, self.logit_scale, self.impl = softcap, logit_scale, impl
         self.rpo_alpha, self.simpo_gamma = rpo_alpha, simpo_gamma
 
@@ -117,7 +128,8 @@ class StepDPOLoss(nn.Module):
                 length. 0 is as good as a label of -100. ref_logps must be sums with the same weights. What stands at
                 labels of -100 is not read.
 
-        Raises ValueError for shapes that do not fit, for missing ref_logps and for ref_logps given to "simpo".
+        Raises ValueError for shapes that do not fit, for missing ref_logps and for ref_logps where no type has a
+        reference.
         """
         if hidden.ndim != 3 or hidden.shape[0] % 2 or labels.shape != hidden.shape[:2]:
             raise ValueError(
@@ -134,7 +146,7 @@ class StepDPOLoss(nn.Module):
             lengths = factors.masked_fill(~keep, 0).sum(dim=1, dtype=torch.float64)
         table = token_logps.new_zeros(labels.shape).masked_scatter(keep, token_logps)  # (2P, L)
         logps = table.sum(dim=1, dtype=torch.float64).to(table.dtype)  # (2P,)
-        result = self._pair_losses(logps, lengths, self._references(ref_logps), weights, betas, offsets)
+        result = self._mixed(None, logps, lengths, self._references(ref_logps), weights, betas, offsets)
         return self._output(result, lengths, weights, num_pairs)
 
     def packed(
@@ -168,18 +180,18 @@ class StepDPOLoss(nn.Module):
         token_logps = self._packed_token_logps(hidden, weight, batch, bias, token_weights)
         refs, pairs = self._references(ref_logps), (batch.branches, batch.chosen, batch.rejected)
         lengths = None
-        if self.loss_type in LENGTH_NORMALISED or self.rpo_alpha:
+        if self.rpo_alpha or any(kind in (*LENGTH_NORMALISED, "sft") for kind in self.mixture):
             lengths = batch.branches.lengths  # (S,)
             if token_weights is not None:
                 lengths = sum_rows(token_weights.detach().double(), batch.branches)
             lengths = torch.cat([lengths[batch.chosen], lengths[batch.rejected]])
-        if self.loss_type == "sigmoid" and betas is None and offsets is None:
-            result = pair_loss(
+        first = None
+        if next(iter(self.mixture)) == "sigmoid" and betas is None and offsets is None:
+            first = pair_loss(
                 token_logps, *pairs, refs, batch.weights, beta=self.beta, label_smoothing=self.label_smoothing
             )
-        else:
-            logps = pair_loss(token_logps, *pairs).logps
-            result = self._pair_losses(logps, lengths, refs, batch.weights, betas, offsets)
+        logps = pair_loss(token_logps, *pairs).logps if first is None else first.logps
+        result = self._mixed(first, logps, lengths, refs, batch.weights, betas, offsets)
         return self._output(result, lengths, batch.weights, num_pairs)
 
     def packed_logps(
@@ -215,7 +227,7 @@ class StepDPOLoss(nn.Module):
         )
 
     def _check(self, pairs: int, ref_logps: Tensor | None, **per_pair: Tensor | None) -> None:
-        if ref_logps is not None and self.loss_type in REFERENCE_FREE:
+        if ref_logps is not None and not self._has_reference:
             raise ValueError(f"loss_type {self.loss_type!r} has no reference: leave ref_logps out")
         if not self.reference_free:
             if ref_logps is None:
@@ -229,8 +241,11 @@ class StepDPOLoss(nn.Module):
         for name, values in per_pair.items():
             if values is not None and values.shape != (pairs,):
                 raise ValueError(f"{name} must be ({pairs},), one for each pair, got {tuple(values.shape)}")
-        if per_pair["offsets"] is not None and self.loss_type == "ipo":
-            raise ValueError("offsets: 'ipo' has a target margin of its own, 1 / (2 beta); pass betas instead")
+        if per_pair["offsets"] is not None:
+            if "ipo" in self.mixture:
+                raise ValueError("offsets: 'ipo' has a target margin of its own, 1 / (2 beta); pass betas instead")
+            if [*self.mixture] == ["sft"]:
+                raise ValueError("offsets: 'sft' has no margin to take them from; leave them out")
         betas = per_pair["betas"]
         if betas is not None:
             in_range = ((betas > 0) & betas.isfinite()).all()
@@ -242,30 +257,57 @@ class StepDPOLoss(nn.Module):
     def _references(self, ref_logps: Tensor | None) -> Tensor | None:
         return None if self.reference_free else ref_logps
 
+    def _mixed(
+        self,
+        first: PairLoss | None,
+        logps: Tensor,  # (2P,)
+        lengths: Tensor | None,  # (2P,), for losses per token
+        ref_logps: Tensor | None,  # (2P,)
+        weights: Tensor | None,  # (P,)
+        betas: Tensor | None,  # (P,)
+        offsets: Tensor | None,  # (P,)
+    ) -> PairLoss:
+        """The types' losses, weighted and added up; all else is of the first type, which may be there already."""
+        (kind, factor), *others = self.mixture.items()
+        inputs = (logps, lengths, ref_logps, weights, betas, offsets)
+        if first is None:
+            first = self._pair_losses(kind, *inputs)
+        losses = first.losses if factor == 1 else factor * first.losses
+        for kind, factor in others:
+            losses = losses + factor * self._pair_losses(kind, *inputs).losses
+        return first._replace(losses=losses)
+
     def _pair_losses(
         self,
+        kind: str,
         logps: Tensor,  # (2P,)
-        lengths: Tensor | None,  # (2P,), for length-normalised losses
+        lengths: Tensor | None,  # (2P,), for losses per token
         ref_logps: Tensor | None,  # (2P,)
         weights: Tensor | None,  # (P,)
         betas: Tensor | None,  # (P,)
         offsets: Tensor | None,  # (P,)
     ) -> PairLoss:
         beta = self.beta if betas is None else betas.detach().to(logps.dtype)
+        if kind in REFERENCE_FREE:
+            ref_logps = None
         ratios = logps if ref_logps is None else logps - ref_logps.detach().to(logps.dtype)
-        if self.loss_type in LENGTH_NORMALISED:
+        if kind in LENGTH_NORMALISED:
             assert lengths is not None
             ratios = per_token(ratios, lengths)
         chosen_rewards, rejected_rewards = (beta * ratio for ratio in ratios.chunk(2))
         margins = chosen_rewards - rejected_rewards
-        losses = pair_losses(
-            self.loss_type,
-            margins,
-            beta=beta,
-            label_smoothing=self.label_smoothing,
-            simpo_gamma=self.simpo_gamma,
-            offsets=None if offsets is None else offsets.detach().to(logps.dtype),
-        )
+        if kind == "sft":
+            assert lengths is not None
+            losses = -per_token(logps, lengths)[: margins.shape[0]]
+        else:
+            losses = pair_losses(
+                kind,
+                margins,
+                beta=beta,
+                label_smoothing=self.label_smoothing,
+                simpo_gamma=self.simpo_gamma,
+                offsets=None if offsets is None else offsets.detach().to(logps.dtype),
+            )
         if weights is not None:
             losses = weights.detach().to(losses.dtype) * losses
         return PairLoss(losses, logps, chosen_rewards.detach(), rejected_rewards.detach(), margins.detach())
@@ -295,6 +337,8 @@ class StepDPOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         shown = f"beta={self.beta}, loss_type={self.loss_type!r}, label_smoothing={self.label_smoothing}"
+        if self.loss_weights is not None:
+            shown += f", loss_weights={self.loss_weights}"
         if self.rpo_alpha:
             shown += f", rpo_alpha={self.rpo_alpha}"
         return shown if self.simpo_gamma is None else f"{shown}, simpo_gamma={self.simpo_gamma}"

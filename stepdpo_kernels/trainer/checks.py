@@ -161,7 +161,7 @@ def check_reference(model: nn.Module, ref_model: nn.Module | None, args: StepDPO
     if ref_model is None:
         return
     if args.reference == "none":
-        raise StepDPOError("ref_model: this loss has no reference (reference='none', loss_type='simpo'); leave it out")
+        raise StepDPOError("ref_model: this loss has no reference (reference='none', simpo, sft); leave it out")
     if args.reference == "adapter_off":
         raise StepDPOError("ref_model: with reference='adapter_off' nobody would ask it; leave it out")
     if causal_lm(ref_model) is causal_lm(model) and args.reference == "model":

@@ -69,7 +69,14 @@ class StepDPOConfig(TrainingArguments):
     )
 
     beta: float = field(default=0.4, metadata={"help": "Strength of the pull towards the reference."})
-    loss_type: str = field(default="sigmoid", metadata={"help": f"Pair loss: {', '.join(LOSS_TYPES)}."})
+    # HfArgumentParser takes the list of this union, and of lists only a default_factory. One type becomes a string.
+    loss_type: str | list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": f"Pair loss, or several that are added up: {', '.join(LOSS_TYPES)}."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each loss_type, >= 0. 1 unless given."}
+    )
     label_smoothing: float = field(
         default=0.0,
         metadata={"help": "Probability that a preference is the wrong way round, in [0, 0.5); robust needs it."},
@@ -107,7 +114,8 @@ class StepDPOConfig(TrainingArguments):
         default="precomputed",
         metadata={
             "help": "Reference log-probs: precomputed (once, cached on disk); in every step from the model without its "
-            "PEFT adapter (adapter_off) or from a frozen second model (model); none (reference-free; simpo always)."
+            "PEFT adapter (adapter_off) or from a frozen second model (model); none (reference-free; simpo and sft "
+            "always)."
         },
     )
     reference_cache_dir: str | None = field(
@@ -122,6 +130,8 @@ class StepDPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.loss_type, list) and len(self.loss_type) == 1:
+            self.loss_type = self.loss_type[0]
         for name, choices in (
             ("share", SHARE_MODES),
             ("reference", REFERENCES),
@@ -173,6 +183,7 @@ class StepDPOConfig(TrainingArguments):
         return StepDPOLoss(
             beta=self.beta,
             loss_type=self.loss_type,
+            loss_weights=self.loss_weights,
             label_smoothing=self.label_smoothing,
             reference_free=self.reference == "none",
             rpo_alpha=self.rpo_alpha,

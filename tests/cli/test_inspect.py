@@ -71,6 +71,23 @@ def load(tokenizer: Any, **options: Any) -> Sequence[StepPair]:
 
 
 @pytest.mark.usefixtures("folder")
+def test_whole_solutions(capsys: pytest.CaptureFixture[str], step_records: Callable[..., Any]) -> None:
+    records = step_records(3, 7)
+    Path("solutions.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in [*records, {**records[0], "full_chosen": ""}])
+    )
+    assert run("inspect", "solutions.jsonl", "--tokenizer", "tokenizer", "--unit", "solution") == 0
+    out = capsys.readouterr().out
+    assert "22 records read, 21 pairs kept" in out
+    assert re.search(r"1 left out: empty branch\n +solutions.jsonl, line 22 ", out)
+    first = out.partition("The first pair")[2]
+    assert re.search(r"prefix, \d+ tokens\n<.im_start.>user\n.*<.im_start.>assistant\n", first, re.DOTALL)
+    assert re.search(
+        rf"chosen, \d+ tokens\nLet's think .*{re.escape(records[0]['full_chosen'])}<.im_end.>", first, re.DOTALL
+    )
+
+
+@pytest.mark.usefixtures("folder")
 def test_records_kept_and_left_out_by_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", "pairs.jsonl", "--tokenizer", "tokenizer") == 0
     captured = capsys.readouterr()
@@ -460,7 +477,7 @@ def test_inspect_and_train_have_the_same_defaults() -> None:
         field.name: field.default for kind in (DataAndModel, StepDPOConfig) for field in dataclasses.fields(kind)
     }
     of_inspect = {name: p.default for name, p in python_inspect.signature(inspect).parameters.items()}
-    for name in ("template", "boundary", "max_length", "limit", "share"):
+    for name in ("template", "boundary", "unit", "max_length", "limit", "share"):
         assert of_inspect[name] == of_train[name]
     assert of_inspect["max_tokens"] == of_train["max_tokens_per_batch"]
     assert of_inspect["pairs_per_step"] == PAIRS_PER_STEP

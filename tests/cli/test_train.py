@@ -96,6 +96,20 @@ def test_a_file_gives_options_and_the_command_line_overrides_them(yaml_file):
         assert (config.beta, config.share, config.report_to) == (0.3, "pair", [])
 
 
+def test_several_losses(yaml_file):
+    file = yaml_file({"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.2]})
+    for arguments in (["--config", file], ["--loss_type", "sigmoid", "sft", "--loss-weights", "1", "0.2"]):
+        config = parse([*REQUIRED, *arguments])[1]
+        assert (config.loss_type, config.loss_weights) == (["sigmoid", "sft"], [1.0, 0.2])
+        assert config.build_loss().mixture == {"sigmoid": 1.0, "sft": 0.2}
+    for arguments in (["--config", yaml_file({"loss_type": "hinge"})], ["--loss_type", "hinge"], ["--loss-type=hinge"]):
+        assert parse([*REQUIRED, *arguments])[1].loss_type == "hinge"
+    assert parse(REQUIRED)[1].loss_type == "sigmoid"
+    assert parse(["--config", file, *REQUIRED, "--loss_type", "ipo", "hinge"])[1].loss_type == ["ipo", "hinge"]
+    with pytest.raises(StepDPOError, match=r"--loss_weights.*: invalid float value: 'x'"):
+        parse([*REQUIRED, "--loss_weights", "x"])
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("true", True), ("false", None), ("False", None), ("checkpoint-3", "checkpoint-3")]
 )
@@ -189,6 +203,19 @@ def test_evaluation_pairs_limit_and_tokenizer(arguments, step_records, tmp_path,
     assert "trained 2 steps on 8 pairs" in capsys.readouterr().out
     history = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert sum("eval_loss" in entry for entry in history) == 2
+
+
+def test_whole_solutions(arguments, step_records, tmp_path, capsys):
+    records = step_records(2, 4)
+    records[1]["full_rejected"] = ""
+    data = write_jsonl(tmp_path / "solutions.jsonl", records)
+    run(arguments("run", data=data, eval_data=data, eval_strategy="epoch", unit="solution", num_train_epochs=1))
+    out = capsys.readouterr().out
+    assert out.count("8 records, 7 kept; 1 left out as empty_branch: solutions.jsonl, line 2") == 2
+    assert "trained 2 steps on 7 pairs" in out
+    logs = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    steps = [entry["logps/chosen"] for entry in logs if "logps/chosen" in entry]
+    assert max(steps) < -200  # of whole solutions, about 60 tokens over 512
 
 
 def test_a_run_can_be_repeated_resumed_and_gives_the_same(arguments, tmp_path, capsys):

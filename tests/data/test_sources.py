@@ -101,10 +101,10 @@ def test_jsonl_is_read_line_by_line(words: Any, write: Write, record: Record, mo
     parsed = 0
     when_tokenised = []
 
-    def check(raw: Any) -> Any:
+    def check(*args: Any) -> Any:
         nonlocal parsed
         parsed += 1
-        return check_record(raw)
+        return check_record(*args)
 
     class Tokenizer(StepTokenizer):
         def __call__(self, records: Any) -> Any:

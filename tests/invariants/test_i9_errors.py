@@ -186,7 +186,7 @@ def test_i9_tokenizer_with_more_tokens_than_the_model(refused, tiny_model, tiny_
         (["--beta"], "argument --beta: expected one argument"),
         (["--share", "trees"], "share must be one of tree, pair, none, got 'trees'"),
         (["--reference", "cached"], "reference must be one of precomputed, adapter_off, model, none, got 'cached'"),
-        (["--loss_type", "kto"], "loss_type must be one of sigmoid, robust, hinge, ipo, simpo, got 'kto'"),
+        (["--loss_type", "kto"], "loss_type must be one of sigmoid, robust, hinge, ipo, simpo, sft, got 'kto'"),
         (["--pairs_per_step", "0"], "pairs_per_step must be a positive multiple of the 1 processes, got 0"),
         (["--template", "vicuna"], "template"),
         (["--boundary", "loose"], "boundary"),

@@ -18,6 +18,7 @@ from stepdpo_kernels.packing import SHARE_MODES, build_batch
 from stepdpo_kernels.types import PackedBatch, StepPair
 from tests.forests import make_pair, nested_pairs, step_pairs
 from tests.loss.states import V, packed_hidden, padded_hidden, parameters, small
+from tests.loss.trl_loss import trl_loss
 
 BETA = 0.7
 TYPES: dict[str, dict[str, Any]] = {
@@ -28,6 +29,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "ipo": {"loss_type": "ipo"},
     "simpo": {"loss_type": "simpo"},
     "simpo, smoothed": {"loss_type": "simpo", "simpo_gamma": 1.2, "label_smoothing": 0.1},
+    "sft": {"loss_type": "sft"},
 }
 EXTRAS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -97,6 +99,8 @@ def _formula(
             loss = 1 - x if x < 1 else 0 * x
         elif kind == "ipo":
             loss = (ratio_win / n_win - ratio_lose / n_lose - 1 / (2 * beta)) ** 2
+        elif kind == "sft":
+            loss = -win / n_win
         else:
             x = beta * (win / n_win - lose / n_lose) - options.get("simpo_gamma", 0.5) - offset
             loss = (1 - e) * minus_log_sigmoid(x) + e * minus_log_sigmoid(-x)
@@ -111,12 +115,12 @@ def _cases() -> list[Any]:
         pytest.param(kind, extra, id=f"{kind}-{extra}")
         for kind in TYPES
         for extra in EXTRAS
-        if not (kind == "ipo" and extra == "offsets")
+        if not (kind in ("ipo", "sft") and extra == "offsets")
     ]
 
 
 def _setting(kind: str, extra: str) -> tuple[dict[str, Any], tuple[str, ...], StepDPOLoss]:
-    extras = tuple(name for name in EXTRAS[extra] if not (kind == "ipo" and name == "offsets"))
+    extras = tuple(name for name in EXTRAS[extra] if not (kind in ("ipo", "sft") and name == "offsets"))
     alpha = {"rpo_alpha": 0.3} if "rpo_alpha" in extras else {}
     return TYPES[kind], extras, StepDPOLoss(BETA, **TYPES[kind], **alpha)
 
@@ -240,7 +244,7 @@ def test_rewards_are_what_the_loss_sees() -> None:
             assert torch.equal(out.accuracy, (out.margins > 0).float())
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "sft"])
 def test_empty_branches(kind: str) -> None:
     """An empty branch is a log-prob of 0, per token as well, and takes no part in a gradient."""
     loss_fn = StepDPOLoss(BETA, rpo_alpha=0.5, **TYPES[kind])
@@ -323,7 +327,7 @@ def test_values_by_hand() -> None:
 
 
 def test_gradients_far_from_zero() -> None:
-    for loss_type in LOSS_TYPES:
+    for loss_type in (kind for kind in LOSS_TYPES if kind != "sft"):
         margins = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], requires_grad=True)
         e = 0.1 if loss_type == "robust" else 0.0
         losses = pair_losses(loss_type, margins, beta=0.4, label_smoothing=e)
@@ -336,58 +340,18 @@ def test_gradients_far_from_zero() -> None:
 # ---- beside TRL -----------------------------------------------------------------------------------------------------
 
 
-class _Logged(dict[str, Any]):
-    def __missing__(self, name: str) -> list[Any]:
-        return self.setdefault(name, [])
-
-
 @pytest.mark.parametrize("kind", ["sigmoid", "robust", "hinge", "ipo"])
 def test_dpo_trainer_of_trl_computes_the_same(kind: str) -> None:
     pytest.importorskip("trl")
-    from types import SimpleNamespace
-
-    from trl import DPOTrainer
-
     pairs = [pair for pair in PAIRS if pair.chosen_ids.size and pair.rejected_ids.size]
     embedding, weight = parameters()
     hidden, labels = padded_hidden(embedding, pairs)
     refs = _refs_near(embedding, weight, pairs)
     keep = labels != -100
-    token_logps = torch.log_softmax(hidden @ weight.T, -1).gather(2, labels.clamp(min=0)[..., None])[..., 0] * keep
-    same = SimpleNamespace(
-        device="cpu", gather=lambda values: values, gather_for_metrics=lambda values: values, num_processes=1
-    )
-    trainer = SimpleNamespace(
-        model=torch.nn.Identity(),
-        accelerator=same,
-        aux_loss_enabled=False,
-        ld_alpha=None,
-        precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
-        loss_types=[kind],
-        loss_weights=[1.0],
-        beta=BETA,
-        label_smoothing=TYPES[kind].get("label_smoothing", 0.0),
-        use_weighting=False,
-        _metrics={"train": _Logged(), "eval": _Logged()},
-        _total_train_tokens=0,
-        _tp_size=1,
-    )
-    zeros = torch.zeros_like(token_logps)
-    outputs = SimpleNamespace(log_probs=token_logps, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
-    before_shift = torch.cat([torch.zeros(len(keep), 1), keep.long()], dim=1)  # TRL leaves the first token out
-    inputs = {
-        "input_ids": torch.zeros_like(before_shift).long(),
-        "attention_mask": torch.ones_like(before_shift),
-        "completion_mask": before_shift,
-        "ref_chosen_logps": refs[: len(pairs)],
-        "ref_rejected_logps": refs[len(pairs) :],
-    }
-    theirs = DPOTrainer._compute_loss(trainer, lambda **kwargs: outputs, inputs, return_outputs=False)
+    token_logps = torch.log_softmax(hidden @ weight.T, -1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    e = TYPES[kind].get("label_smoothing", 0.0)
+    theirs = trl_loss([kind], token_logps, keep, refs, beta=BETA, label_smoothing=e)
     ours = StepDPOLoss(BETA, **TYPES[kind])(hidden, weight, labels, refs).loss
-    if kind == "ipo":
-        # TRL counts the tokens of completion_mask, and so do we
-        assert before_shift.sum() == keep.sum()
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
     gradients = torch.autograd.grad(ours, [embedding, weight], retain_graph=True)
     torch.testing.assert_close(gradients, torch.autograd.grad(theirs, [embedding, weight]), rtol=1e-8, atol=1e-12)

@@ -323,7 +323,7 @@ def test_a_module_without_parameters() -> None:
     assert not list(loss_fn.parameters())
     assert not loss_fn.state_dict()
     assert repr(loss_fn) == "StepDPOLoss(beta=0.25, loss_type='sigmoid', label_smoothing=0.1)"
-    assert LOSS_TYPES == ("sigmoid", "robust", "hinge", "ipo", "simpo")
+    assert LOSS_TYPES == ("sigmoid", "robust", "hinge", "ipo", "simpo", "sft")
     shown = repr(StepDPOLoss(loss_type="simpo", rpo_alpha=0.5, simpo_gamma=1.5))
     assert shown.endswith("loss_type='simpo', label_smoothing=0.0, rpo_alpha=0.5, simpo_gamma=1.5)")
 
@@ -335,7 +335,7 @@ def test_a_module_without_parameters() -> None:
         ({"beta": -1.0}, "beta must be positive"),
         ({"beta": float("inf")}, "beta must be positive and finite, got inf"),
         ({"beta": float("nan")}, "beta must be positive and finite, got nan"),
-        ({"loss_type": "dpo"}, "loss_type must be one of sigmoid, robust, hinge, ipo, simpo, got 'dpo'"),
+        ({"loss_type": "dpo"}, "loss_type must be one of sigmoid, robust, hinge, ipo, simpo, sft, got 'dpo'"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         ({"label_smoothing": -0.1}, "label_smoothing must be in"),
         ({"label_smoothing": float("nan")}, "label_smoothing must be in"),

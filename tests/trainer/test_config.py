@@ -55,6 +55,8 @@ def test_pairs_a_step_from_batch_and_accumulation(make):
         {"pairs_per_step": 6, "bf16": True, "share": "pair", "beta": 0.1, "reference": "none"},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "warmup_steps": 7},
         {"loss_type": "simpo", "simpo_gamma": 1.2, "rpo_alpha": 0.1, "label_smoothing": 0.1},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.2]},
+        {"loss_type": ["hinge"], "loss_weights": [0.5]},
     ],
 )
 def test_survives_replace_and_a_round_trip_through_its_dictionary(make, options):
@@ -85,7 +87,11 @@ def test_bfloat16_on_a_cpu_needs_no_further_option(make):
         ({"share": "trees"}, "share must be one of tree, pair, none, got 'trees'"),
         ({"share": None}, "share must be one of tree, pair, none, got None"),
         ({"reference": "cached"}, "reference must be one of precomputed, adapter_off, model, none, got 'cached'"),
-        ({"loss_type": "dpo"}, "loss_type must be one of sigmoid, robust, hinge, ipo, simpo, got 'dpo'"),
+        ({"loss_type": "dpo"}, "loss_type must be one of sigmoid, robust, hinge, ipo, simpo, sft, got 'dpo'"),
+        ({"loss_type": ["sigmoid", "dpo"]}, "loss_type must be one of .*, got 'dpo'"),
+        ({"loss_type": []}, r"loss_type must name at least one of sigmoid, .*, got \[\]"),
+        ({"loss_type": ["sft", "sigmoid"], "loss_weights": [1.0]}, r"loss_weights must be one number .*, got \[1\.0\]"),
+        ({"loss_weights": [-1.0]}, r"loss_weights must be finite and >= 0, got -1\.0 for loss_type 'sigmoid'"),
         ({"loss_type": "robust"}, "loss_type 'robust' needs label_smoothing"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "loss_type 'ipo' has no label_smoothing, got 0.1"),
         ({"simpo_gamma": 0.5}, "simpo_gamma is for loss_type 'simpo', got 0.5 with 'sigmoid'"),
@@ -112,12 +118,13 @@ def test_values_out_of_range(make, options, message):
         {"beta": 0.1, "label_smoothing": 0.2, "rpo_alpha": 0.5, "reference": "none"},
         {"loss_type": "robust", "label_smoothing": 0.1},
         {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.4},
+        {"loss_type": ["sigmoid", "simpo", "sft"], "loss_weights": [1.0, 0.5, 0.1], "simpo_gamma": 1.0},
     ],
 )
 def test_the_loss_has_every_option(make, options):
     config = make(**options)
     loss = config.build_loss()
-    for name in ("beta", "loss_type", "label_smoothing", "rpo_alpha", "simpo_gamma"):
+    for name in ("beta", "loss_type", "loss_weights", "label_smoothing", "rpo_alpha", "simpo_gamma"):
         assert getattr(loss, name) == getattr(config, name)
         assert getattr(loss, name) == options.get(name, getattr(make(), name))
     assert loss.reference_free == (config.reference == "none")
@@ -126,6 +133,8 @@ def test_the_loss_has_every_option(make, options):
 def test_simpo_has_no_reference(make):
     assert make(loss_type="simpo").reference == "none"
     assert make(loss_type="ipo").reference == "precomputed"
+    assert make(loss_type=["simpo", "sft"]).reference == "none"
+    assert make(loss_type=["sft", "sigmoid"]).reference == "precomputed"
 
 
 def test_pairs_a_step_must_divide_among_the_processes(make, monkeypatch):

@@ -22,6 +22,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"loss_type": "ipo", "rpo_alpha": 0.2},
     {"loss_type": "simpo"},
     {"loss_type": "simpo", "simpo_gamma": 1.4, "beta": 2.0, "rpo_alpha": 1.0},
+    {"loss_type": "sft"},
+    {"loss_type": ["sft", "ipo", "simpo", "sigmoid"], "loss_weights": [0.2, 0.5, 1.0, 0.8]},
 ]
 
 
@@ -41,14 +43,14 @@ def _expected(model: Any, reference: Any, pairs: Any, options: dict[str, Any]) -
 
 
 def test_all_types_are_here() -> None:
-    assert {options["loss_type"] for options in OPTIONS} == set(LOSS_TYPES)
+    assert {options["loss_type"] for options in OPTIONS[:-1]} == set(LOSS_TYPES)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_losses_of_a_run(options, tiny_model, pairs, config, tmp_path):
     """With the learning rate at 0 the policy stays where it is, away from its reference."""
-    simpo = options["loss_type"] == "simpo"
-    policy, reference = tiny_model(seed=1), None if simpo else tiny_model()
+    alone = options["loss_type"] in ("simpo", "sft")
+    policy, reference = tiny_model(seed=1), None if alone else tiny_model()
     trainer = StepDPOTrainer(policy, config(learning_rate=0.0, **options), pairs[:12], ref_model=reference)
     seen = watch(trainer)
     trainer.train()
@@ -57,7 +59,7 @@ def test_losses_of_a_run(options, tiny_model, pairs, config, tmp_path):
     with torch.no_grad():
         expected = [_expected(policy, reference, [pairs[i] for i in step], options) for step in steps]
     assert losses(trainer) == pytest.approx(expected, rel=2e-4)
-    assert bool(entries(tmp_path / "cache")) == (not simpo)
+    assert bool(entries(tmp_path / "cache")) == (not alone)
 
 
 def test_simpo_runs_no_reference(tiny_model, pairs, config, monkeypatch):
