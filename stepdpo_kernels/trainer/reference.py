@@ -13,7 +13,9 @@ import logging
 import os
 import struct
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +35,8 @@ from stepdpo_kernels.trainer.sharding import whole
 from stepdpo_kernels.types import PackedBatch, StepPair
 
 logger = logging.getLogger("stepdpo_kernels")
+
+SAVE_SECONDS = 60.0  # between two writings of a table that is not complete
 
 # Fields of a model's configuration that change nothing in its forward pass.
 _NOT_THE_FUNCTION = (
@@ -157,27 +161,33 @@ def compute_ref_logps(
     accelerator: Accelerator,
     *,
     progress: bool = True,
+    partial: PartialTable | None = None,
 ) -> Tensor:  # (N, 2)
     """Branch log-probs under the model as it is, chosen and rejected, float32; NaN for pairs in none of the steps.
 
     `batches` are those of the steps that the policy is going to see, and whether they count (`equal_passes`), and
     `logps_of(model, batch)` (2P,) is its own forward: in the same forests the same weights give the same bits, so a
     policy that has not moved has margins of exactly zero. Each process computes its own steps, and all get all of the
-    table.
+    table. `partial` keeps what there is now and then, and a pass that was stopped goes on from there.
     """
     device = accelerator.device
-    table, seen = torch.zeros(num_pairs, 2, device=device), torch.zeros(num_pairs, 1, device=device)
+    table, seen, done = torch.zeros(num_pairs, 2, device=device), torch.zeros(num_pairs, 1, device=device), 0
+    if partial is not None:
+        table, seen, done = partial.load(table, seen, accelerator)
     was_training = model.training
     model.eval()
     with tqdm(total=num_pairs, desc="reference log-probs", unit="pair", disable=not progress) as bar:
-        for batch, counts in batches:
-            batch = batch.to(device)
-            logps = logps_of(model, batch).view(2, -1).T.float()
-            if not counts:
-                continue
-            table[batch.pair_index] = logps
-            seen[batch.pair_index] = 1
-            bar.update(batch.num_pairs * accelerator.num_processes)
+        for number, (batch, counts) in enumerate(batches):
+            if number >= done:
+                batch = batch.to(device)
+                logps = logps_of(model, batch).view(2, -1).T.float()
+                if counts:
+                    table[batch.pair_index] = logps
+                    seen[batch.pair_index] = 1
+                if partial is not None:
+                    partial.save(table, seen, number + 1)
+            if counts:
+                bar.update(batch.num_pairs * accelerator.num_processes)
     model.train(was_training)
     table, seen = accelerator.reduce((table, seen), reduction="sum")
     return (table / seen).cpu()
@@ -186,31 +196,69 @@ def compute_ref_logps(
 def load_or_compute(
     cache_dir: str | os.PathLike[str] | None,
     key: dict[str, str],
-    compute: Callable[[], Tensor],
+    compute: Callable[[PartialTable], Tensor],
     accelerator: Accelerator,
 ) -> Tensor:
-    """The cached table of a key, or `compute()` put there; the file appears whole or not at all.
+    """The cached table of a key, or `compute(partial)` put there; the file appears whole or not at all.
 
     All processes compute, or none does. A folder that cannot be written costs the cache and no more.
     """
     path = _cache_path(cache_dir, key)
-    table = _read(path, key)
+    table = _read_table(path, key)
     found = torch.tensor(float(table is not None), device=accelerator.device)
     found_by = accelerator.reduce(found, reduction="sum").item()
     if table is not None and found_by == accelerator.num_processes:
         return table
-    table = compute()
+    partial = PartialTable(path, key, accelerator)
+    table = compute(partial)
     if accelerator.is_local_main_process:
         try:
-            _write(path, key, table)
+            _write(path, key, ref_logps=table)
         except (OSError, SafetensorError) as error:
             logger.warning("reference log-probs could not be cached, so the next run computes them again: %s", error)
+    partial.remove()
     return table
+
+
+class PartialTable:
+    """What a process has of a table that is being computed, in a file of its own beside the table's, once a minute.
+
+    Written at most every SAVE_SECONDS; of damage or of another key nothing is read.
+    """
+
+    def __init__(self, path: Path, key: dict[str, str], accelerator: Accelerator) -> None:
+        part = f"{accelerator.process_index}of{accelerator.num_processes}"
+        self.path, self.key = path.with_suffix(f".{part}.part"), key | {"part": part}
+        self._written = time.monotonic()
+
+    def load(self, table: Tensor, seen: Tensor, accelerator: Accelerator) -> tuple[Tensor, Tensor, int]:
+        """(N, 2) log-probs, (N, 1) which of them are there, and how many passes need not be made, the same for all."""
+        found = _read(self.path, self.key, "table", "seen", "passes")
+        passes = torch.tensor(0 if found is None else int(found[2]), device=accelerator.device)
+        if accelerator.num_processes > 1:
+            torch.distributed.all_reduce(passes, op=torch.distributed.ReduceOp.MIN)
+        if found is None or not passes:
+            return table, seen, 0
+        if accelerator.is_main_process:
+            logger.info("reference log-probs: going on after %d forward passes", int(passes))
+        return found[0].to(table.device), found[1].to(seen.device), int(passes)
+
+    def save(self, table: Tensor, seen: Tensor, passes: int) -> None:
+        if time.monotonic() - self._written < SAVE_SECONDS:
+            return
+        self._written = time.monotonic()
+        # One that cannot be written is one that is not there; the table itself says so at the end.
+        with suppress(OSError, SafetensorError):
+            _write(self.path, self.key, table=table.cpu(), seen=seen.cpu(), passes=torch.tensor(passes))
+
+    def remove(self) -> None:
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
 
 
 def cached_table(cache_dir: str | os.PathLike[str] | None, key: dict[str, str]) -> Tensor | None:
     """The cached table of a key; None where there is none that can be used."""
-    return _read(_cache_path(cache_dir, key), key)
+    return _read_table(_cache_path(cache_dir, key), key)
 
 
 def _cache_path(cache_dir: str | os.PathLike[str] | None, key: dict[str, str]) -> Path:
@@ -219,29 +267,37 @@ def _cache_path(cache_dir: str | os.PathLike[str] | None, key: dict[str, str]) -
     return folder / f"{digest[:32]}.safetensors"
 
 
-def _read(path: Path, key: dict[str, str]) -> Tensor | None:
-    """The table in a cache file; None if there is none, or one that is damaged or has another key."""
+def _read_table(path: Path, key: dict[str, str]) -> Tensor | None:
+    found = _read(path, key, "ref_logps")
+    return None if found is None else found[0]
+
+
+def _read(path: Path, key: dict[str, str], *names: str) -> list[Tensor] | None:
+    """Tensors of a cache file; None if there is none, or one that is damaged or has another key."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            table = file.get_tensor("ref_logps")
-            return table if file.metadata() == key | {"checksum": _checksum(table)} else None
+            tensors = [file.get_tensor(name) for name in names]
+            return tensors if file.metadata() == key | {"checksum": _checksum(*tensors)} else None
     except (OSError, SafetensorError):
         return None
 
 
-def _write(path: Path, key: dict[str, str], table: Tensor) -> None:
+def _write(path: Path, key: dict[str, str], **tensors: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
     try:
-        save_file({"ref_logps": table}, temporary, metadata=key | {"checksum": _checksum(table)})
+        save_file(tensors, temporary, metadata=key | {"checksum": _checksum(*tensors.values())})
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def _checksum(table: Tensor) -> str:
-    return hashlib.sha256(_bytes(table)).hexdigest()
+def _checksum(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()

@@ -41,6 +41,7 @@ from stepdpo_kernels.trainer.meter import Meter
 from stepdpo_kernels.trainer.nonfinite import check_finite, culprits, finite_losses
 from stepdpo_kernels.trainer.plan import TrainingPlan, plan_training
 from stepdpo_kernels.trainer.reference import (
+    PartialTable,
     cache_key,
     compute_ref_logps,
     frozen,
@@ -237,17 +238,19 @@ class StepDPOTrainer(Trainer):
         if args.reference != "precomputed":
             return
 
-        def table_of(steps: Iterable[list[PackedBatch]]) -> Tensor:
+        def table_of(steps: Iterable[list[PackedBatch]], partial: PartialTable | None = None) -> Tensor:
             progress = not args.disable_tqdm and self.is_world_process_zero()
             batches = equal_passes(steps, self.accelerator, self._nothing)
             runs = self._wrapped() if model is self.model else model
-            return compute_ref_logps(runs, len(dataset), batches, self._logps, self.accelerator, progress=progress)
+            return compute_ref_logps(
+                runs, len(dataset), batches, self._logps, self.accelerator, progress=progress, partial=partial
+            )
 
-        def compute() -> Tensor:
+        def compute(partial: PartialTable) -> Tensor:
             # The order of training must be the same whether this pass ran or a cache was read.
             gpus = [args.device] if args.device.type == "cuda" else []
             with torch.random.fork_rng(devices=gpus), self._on_device(model), self._as_reference():
-                table = table_of(dataloader())
+                table = table_of(dataloader(), partial)
                 left = table.isnan().any(dim=1)  # pairs that dataloader_drop_last keeps out of the first epoch
                 if left.any():
                     step = self.data_collator([dataset[i] for i in left.nonzero()[:, 0].tolist()])

@@ -392,6 +392,8 @@ FORKS = (
     + """
 import json, os, sys
 import stepdpo_kernels.cli.train
+import stepdpo_kernels.trainer.reference
+stepdpo_kernels.trainer.reference.SAVE_SECONDS = 0.0
 for line in sys.stdin:
     child = os.fork()
     if not child:

@@ -19,7 +19,7 @@ from stepdpo_kernels.data import StepPairDataset
 from stepdpo_kernels.packing.reference import padded_batch
 from stepdpo_kernels.trainer import StepDPOTrainer
 from stepdpo_kernels.trainer import reference as reference_module
-from stepdpo_kernels.types import StepDPOError
+from stepdpo_kernels.types import PackedBatch, StepDPOError
 from tests.trainer.training import entries, losses, make_pairs, watch
 
 
@@ -269,6 +269,49 @@ def test_nothing_is_left_by_a_failure_in_computing(tiny_model, pairs, config, mo
         trainer.train()
     assert entries(tmp_path / "cache") == []
     assert entries(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("damage", [None, "bytes", "key"])
+def test_a_pass_that_was_stopped_goes_on(tiny_model, pairs, config, monkeypatch, tmp_path, damage):
+    """It makes the passes that are left, and the table is the same, bit for bit; what is damaged is not used."""
+    monkeypatch.setattr(reference_module, "SAVE_SECONDS", 0.0)
+    made: list[int] = []
+    logps = StepDPOTrainer._logps
+
+    def stop_after(passes: int | None) -> None:
+        def counted(self: StepDPOTrainer, model: Any, batch: PackedBatch) -> torch.Tensor:
+            if passes is not None and len(made) == passes:
+                raise KeyboardInterrupt
+            made.append(batch.num_pairs)
+            return logps(self, model, batch)
+
+        monkeypatch.setattr(StepDPOTrainer, "_logps", counted)
+
+    undisturbed = StepDPOTrainer(tiny_model(), config(reference_cache_dir=str(tmp_path / "other")), pairs)
+    stop_after(None)
+    undisturbed.prepare_references()
+    total = len(made)
+    assert total > 6
+    made.clear()
+    stop_after(5)
+    with pytest.raises(KeyboardInterrupt):
+        StepDPOTrainer(tiny_model(), config(), pairs).prepare_references()
+    (part,) = (tmp_path / "cache").iterdir()
+    assert part.name.endswith(".0of1.part")
+    if damage == "bytes":
+        part.write_bytes(part.read_bytes()[:-1])
+    elif damage == "key":
+        with safe_open(part, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in ("table", "seen", "passes")}
+            save_file(tensors, part, metadata=file.metadata() | {"model": "another"})
+    made.clear()
+    stop_after(None)
+    resumed = StepDPOTrainer(tiny_model(), config(), pairs)
+    resumed.prepare_references()
+    assert len(made) == (total - 5 if damage is None else total)
+    assert torch.equal(resumed.train_dataset.ref_logps, undisturbed.train_dataset.ref_logps)
+    (table,) = (tmp_path / "cache").iterdir()
+    assert table.suffix == ".safetensors"
 
 
 def test_a_cache_that_cannot_be_written_costs_no_run(tiny_model, pairs, config, tmp_path, caplog):
