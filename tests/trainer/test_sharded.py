@@ -27,6 +27,7 @@ EXAMPLES = ROOT / "examples" / "accelerate"
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
 SHARDS = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+LIMIT = 300  # seconds
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 LAUNCH = ("-m", "accelerate.commands.launch", "--config_file")
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -96,7 +97,7 @@ def train(tiny_model, tiny_tokenizer, step_records, tmp_path) -> Callable[..., R
         described = {"model": str(tmp_path / f"model_{tied}"), "data": str(data), "eval_data": str(held_out)}
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps({**described, **options, "config": config}))
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, *command, str(ROOT / "tests" / "trainer" / "sharded_worker.py"), str(file)],
             cwd=ROOT,
             env={
@@ -105,12 +106,17 @@ def train(tiny_model, tiny_tokenizer, step_records, tmp_path) -> Callable[..., R
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             },
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=300,
         )
-        assert (done.returncode != 0) == fails, done.stderr
-        return done.stderr if fails else Run(tmp_path / name)
+        try:
+            _, said = process.communicate(timeout=LIMIT)
+        finally:
+            process.terminate()  # the launcher ends its processes with it, which may wait for one another
+            process.wait()
+        assert (process.returncode != 0) == fails, said
+        return said if fails else Run(tmp_path / name)
 
     return run
 
