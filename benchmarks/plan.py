@@ -53,18 +53,19 @@ def write_pairs(path: Path, pairs: int, seed: int = 0) -> None:
 
 
 def measure(model: str, data: Path) -> dict[str, Any]:
-    """Seconds of each part in this process, the peak of its resident set over that with model and tokenizer, in bytes,
-    and the plan. Figures mean something in a process that has done nothing else.
+    """Seconds of each part in this process (by the clock, of processors), the plan, and in bytes the peak of the
+    resident set over that with model and tokenizer: in a process that has done nothing else.
     """
     from stepdpo_kernels import StepDPOConfig, StepDPOTrainer, load_step_pairs
     from stepdpo_kernels.trainer import load_model, load_tokenizer
 
     tokenizer, policy = load_tokenizer(model), load_model(model)
-    peak, seconds, since = PeakMemory("cpu"), {}, time.perf_counter()
+    peak, seconds, since = PeakMemory("cpu"), {}, (time.perf_counter(), time.process_time())
 
     def lap(name: str) -> None:
         nonlocal since
-        seconds[name], since = time.perf_counter() - since, time.perf_counter()
+        now = time.perf_counter(), time.process_time()
+        seconds[name], since = [round(b - a, 2) for a, b in zip(since, now, strict=True)], now
 
     pairs = load_step_pairs(data, tokenizer, max_length=None)
     lap("load")
@@ -99,8 +100,11 @@ def command(model: str, data: Path) -> dict[str, Any]:
     subprocess.run(
         [sys.executable, "-c", code, *words], check=True, env=worker_environment(), stdout=subprocess.DEVNULL
     )
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"seconds": time.perf_counter() - began, "peak_bytes": peak}
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "seconds": [round(time.perf_counter() - began, 2), round(used.ru_utime + used.ru_stime, 2)],
+        "peak_bytes": used.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    }
 
 
 def main() -> None:

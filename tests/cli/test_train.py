@@ -422,28 +422,40 @@ def test_killed_at_twenty_random_moments(arguments, server, tmp_path, seed):
     Checkpoints that are there can be loaded at every moment, and losses and weights are those of an undisturbed run.
     """
     options = {"num_train_epochs": 8, "save_steps": 1, "save_total_limit": 2, "learning_rate": 1e-4}  # 48 steps
+
+    def run_in_child(name: str, **more: Any) -> int:
+        cache = {"reference_cache_dir": tmp_path / f"cache_of_{name}"}
+        server.stdin.write(json.dumps(arguments(name, **options, **cache, **more)) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline())
+
+    began = time.monotonic()
+    run_in_child("undisturbed")
+    wait_for(tmp_path / "undisturbed" / "stepdpo_run.json", server)
+    start_up = time.monotonic() - began
+    assert int(server.stdout.readline()) == 0
+    training = time.monotonic() - began - start_up
+
     folder = tmp_path / "run"
     moments = random.Random(seed)
-    killed_at = []
-    for _ in range(20):
+    reached = []
+    for number in range(20):
         # as a user would: the same command again where nothing was begun, otherwise go on with what is there
         resume = {"resume_from_checkpoint": "true"} if (folder / "stepdpo_run.json").exists() else {}
-        cache = {"reference_cache_dir": tmp_path / "cache_of_run"}
-        server.stdin.write(json.dumps(arguments("run", **options, **resume, **cache)) + "\n")
-        server.stdin.flush()
-        child = int(server.stdout.readline())
-        time.sleep(moments.uniform(0.0, 1.2))
+        child = run_in_child("run", **resume)
+        in_training = start_up + moments.uniform(0.0, training / 10)
+        time.sleep(moments.uniform(0.0, start_up) if number % 2 else in_training)
         os.kill(child, signal.SIGKILL)
         status = int(server.stdout.readline())
         assert status == -signal.SIGKILL, (status, (tmp_path / "stderr").read_text())
         steps = [int(name.partition("-")[2]) for name in entries(folder) if name.startswith("checkpoint-")]
-        killed_at.append(max(steps, default=0))
+        reached.append(max(steps, default=0))
         for step in steps:
             AutoModelForCausalLM.from_pretrained(folder / f"checkpoint-{step}")
-    assert killed_at == sorted(killed_at)
-    assert 0 < killed_at[-1] < 48  # it got somewhere, and was never left to finish
-    run(arguments("run", resume_from_checkpoint="true", **options))
-    run(arguments("undisturbed", **options))
+    assert reached == sorted(reached)
+    assert 0 < reached[-1] < 48
+    run_in_child("run", resume_from_checkpoint="true")
+    assert int(server.stdout.readline()) == 0, (tmp_path / "stderr").read_text()
     histories = [
         json.loads((tmp_path / name / "checkpoint-48" / "trainer_state.json").read_text())["log_history"]
         for name in ("run", "undisturbed")

@@ -245,16 +245,10 @@ def test_a_dry_run_of_two_processes(model_dir: Path, step_records: Callable[...,
 
 
 @pytest.mark.slow
-def test_fifty_thousand_pairs_in_a_gibibyte(
-    tmp_path: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Callable[..., Any]
-) -> None:
+def test_fifty_thousand_pairs_in_a_gibibyte(model_dir: Path, tmp_path: Path) -> None:
     """Read, tokenised, checked and planned; the plan of the first steps is held against packing by hand."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("needs /proc/self/clear_refs of Linux")
-    model_dir = tmp_path / "model"
-    tokenizer = tiny_tokenizer("qwen2")
-    tiny_model("qwen2").save_pretrained(model_dir)
-    tokenizer.save_pretrained(model_dir)
 
     def measured(number: int) -> dict[str, Any]:
         done = subprocess.run(
@@ -273,7 +267,7 @@ def test_fifty_thousand_pairs_in_a_gibibyte(
 
     data = tmp_path / "pairs.jsonl"
     write_pairs(data, 1000)
-    pairs = load_step_pairs(data, tokenizer, max_length=None)
+    pairs = load_step_pairs(data, load_tokenizer(str(model_dir)), max_length=None)
     assert max(Counter(pair.group for pair in pairs).values()) == 7
     order = epoch_order(pairs, 42)
     batches = [
