@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 import stepdpo_kernels
 from stepdpo_kernels.types import StepDPOError
@@ -144,3 +144,15 @@ def put_in_place(source: Path, target: Path) -> None:
     if target.is_dir():
         os.replace(target, source.with_name(f"{source.name}.replaced"))
     os.replace(source, target)
+
+
+def rotate(run_dir: Path, stage: Path, limit: int | None, best: str | None) -> None:
+    """Keeps the newest `limit` checkpoints, among them the last and the best one; the others move to the stage.
+
+    transformers' own deletes them in place, and a run that is killed meanwhile leaves one without its weights.
+    """
+    checkpoints = [Path(path) for path in sort_checkpoints(str(run_dir), use_mtime=True)]
+    kept = {checkpoints[-1], *([Path(best)] if best is not None else [])}
+    surplus = len(checkpoints) - max(limit, len(kept)) if limit is not None and limit > 0 else 0
+    for checkpoint in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
+        os.replace(checkpoint, stage / f"{checkpoint.name}.old")

@@ -17,7 +17,7 @@ from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from stepdpo_kernels.loss import StepDPOOutput
 from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward, head_options
@@ -57,6 +57,7 @@ from stepdpo_kernels.trainer.run_folder import (
     put_in_place,
     read_run_file,
     remove_unstarted_run,
+    rotate,
     staged,
     write_run_file,
 )
@@ -586,12 +587,7 @@ class StepDPOTrainer(Trainer):
                     self.state.save_to_json(str(folder / name / "trainer_state.json"))
             if self.args.should_save:
                 put_in_place(folder / name, run_dir / name)
-                rotate_checkpoints(
-                    output_dir=str(run_dir),
-                    save_total_limit=self.args.save_total_limit,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                    use_mtime=True,
-                )
+                rotate(run_dir, folder, self.args.save_total_limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

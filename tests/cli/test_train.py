@@ -442,9 +442,14 @@ def test_killed_at_twenty_random_moments(arguments, server, tmp_path, seed):
     for number in range(20):
         # as a user would: the same command again where nothing was begun, otherwise go on with what is there
         resume = {"resume_from_checkpoint": "true"} if (folder / "stepdpo_run.json").exists() else {}
+        before = entries(folder)
         child = run_in_child("run", **resume)
-        in_training = start_up + moments.uniform(0.0, training / 10)
-        time.sleep(moments.uniform(0.0, start_up) if number % 2 else in_training)
+        # on the way to the first new checkpoint, or some time after it
+        deadline = time.monotonic() + (moments.uniform(0.0, start_up) if number % 2 else 60)
+        while entries(folder) == before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if not number % 2:
+            time.sleep(moments.uniform(0.0, training / 16))
         os.kill(child, signal.SIGKILL)
         status = int(server.stdout.readline())
         assert status == -signal.SIGKILL, (status, (tmp_path / "stderr").read_text())

@@ -288,6 +288,26 @@ def locked(monkeypatch) -> Iterator[Path]:
         folder.rmdir()
 
 
+def test_i8_killed_while_an_old_checkpoint_is_removed(start, tmp_path, monkeypatch):
+    """One that is half gone is no checkpoint any more."""
+    remove = shutil.rmtree
+
+    def half(folder: Path, **options: Any) -> None:
+        for weights_file in Path(folder).glob("checkpoint-2.old/*.safetensors"):
+            weights_file.unlink()
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", half)
+        start("stopped", save_total_limit=1).train()
+    left = [path for path in (tmp_path / "stopped").glob("checkpoint-*") if (path / "model.safetensors").exists()]
+    assert left == list((tmp_path / "stopped").glob("checkpoint-*")) == [tmp_path / "stopped" / "checkpoint-4"]
+    resumed = start("stopped", save_total_limit=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert entries(tmp_path / "stopped") == ["checkpoint-10", "stepdpo_run.json"]
+
+
 def test_i8_killed_while_saving(start, tmp_path):
     """SIGKILL leaves the scratch folder behind: it is no checkpoint, and the next save removes it."""
     undisturbed = start("undisturbed")

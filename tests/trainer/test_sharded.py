@@ -260,7 +260,7 @@ def test_on_gpus_in_bfloat16(train, sharding):
 @pytest.fixture
 def one_process(tmp_path) -> Iterator[None]:
     """A process group of this process alone, in which FSDP2 shards as it does among many."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
