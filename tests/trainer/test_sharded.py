@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from stepdpo_kernels.model import enable_packed_forward
@@ -260,10 +261,9 @@ def test_on_gpus_in_bfloat16(train, sharding):
 @pytest.fixture
 def one_process(tmp_path) -> Iterator[None]:
     """A process group of this process alone, in which FSDP2 shards as it does among many."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
-    torch.distributed.destroy_process_group()
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("lora", [False, True])
