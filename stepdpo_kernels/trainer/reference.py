@@ -25,10 +25,10 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 import stepdpo_kernels
 from stepdpo_kernels.model import causal_lm
+from stepdpo_kernels.trainer.progress import open_bar
 from stepdpo_kernels.types import PackedBatch, StepPair
 
 logger = logging.getLogger("stepdpo_kernels")
@@ -155,7 +155,7 @@ def compute_ref_logps(
     table, seen = torch.zeros(num_pairs, 2, device=device), torch.zeros(num_pairs, 1, device=device)
     was_training = model.training
     model.eval()
-    with tqdm(total=num_pairs, desc="reference log-probs", unit="pair", disable=not progress) as bar:
+    with open_bar(num_pairs, "reference log-probs: ", unit="pairs", disable=not progress) as bar:
         for batch in chain.from_iterable(steps):
             batch = batch.to(device)
             table[batch.pair_index] = logps_of(model, batch).view(2, -1).T.float()

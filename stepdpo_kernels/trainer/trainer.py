@@ -31,6 +31,7 @@ from stepdpo_kernels.trainer.collate import IndexedPairs, SetEpoch, StepCollator
 from stepdpo_kernels.trainer.config import StepDPOConfig
 from stepdpo_kernels.trainer.loading import load_model
 from stepdpo_kernels.trainer.meter import Meter
+from stepdpo_kernels.trainer.progress import use_step_progress
 from stepdpo_kernels.trainer.reference import (
     cache_key,
     compute_ref_logps,
@@ -72,7 +73,8 @@ class StepDPOTrainer(Trainer):
 
     Logged, as means over the pairs since the last log: loss, rewards/chosen, rewards/rejected, rewards/margins,
     rewards/accuracies, logps/chosen, logps/rejected (nats), tokens/saved (share of the tokens that unshared branches
-    would take), tokens/batch (encoded a forward pass), pairs_per_second, and Trainer's own.
+    would take), tokens/batch (encoded a forward pass), and Trainer's own. Also tokens/encoded (all since the last log),
+    pairs_per_second and tokens_per_second (encoded ones), without the time of evaluation and saving.
 
     Raises StepDPOError, before anything is written, for a model that cannot be packed, a pair over the token budget or
     with tokens that the model lacks, an empty dataset, an option of Trainer that would have no effect here or has not
@@ -140,6 +142,7 @@ class StepDPOTrainer(Trainer):
             refuse_mode(mode)
         self.add_callback(SetEpoch)
         self._meter = Meter()
+        use_step_progress(self, self._meter)
         self._staging: Path | None = None
         self._reference_keys: dict[str, dict[str, str]] = {}
         self._references_ready = False
@@ -270,7 +273,7 @@ class StepDPOTrainer(Trainer):
                 "pairs": len(self.train_dataset),
             }
             write_run_file(output_dir, description)
-        self._meter = Meter()
+        self._meter.reset()
         try:
             return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         except BaseException:
@@ -343,6 +346,7 @@ class StepDPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._meter.drain(self.accelerator))
+        logs.update({name: value + 0.0 for name, value in logs.items() if isinstance(value, float)})  # -0.0 becomes 0.0
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -361,6 +365,7 @@ class StepDPOTrainer(Trainer):
 
         Raises StepDPOError for another dataset once the policy has moved on, unless there is a ref_model.
         """
+        self._meter.pause()
         self.prepare_references()
         if eval_dataset is not None and not isinstance(eval_dataset, IndexedPairs):
             check_pairs(eval_dataset, "eval_dataset", self.model, self.args)
@@ -384,7 +389,7 @@ class StepDPOTrainer(Trainer):
         self.model.eval()
         meter = Meter()
         meter.start()
-        for batch in chain.from_iterable(dataloader):
+        for batch in chain.from_iterable(self._evaluation_steps(dataloader)):
             batch = batch.to(self.args.device)
             with self.compute_loss_context_manager():
                 meter.add(batch, self._packed_loss(self.model, batch, dataloader.dataset, num_pairs=1))  # type: ignore[arg-type]
@@ -397,6 +402,12 @@ class StepDPOTrainer(Trainer):
             num_samples=len(dataloader.dataset),  # type: ignore[arg-type]
         )
 
+    def _evaluation_steps(self, dataloader: DataLoader[Any]) -> Iterator[list[PackedBatch]]:
+        self.callback_handler.eval_dataloader = dataloader
+        for step in dataloader:
+            yield step
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -404,6 +415,7 @@ class StepDPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Saves beside the checkpoints and renames, so that a checkpoint is whole or absent."""
+        self._meter.pause()
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         with staged(run_dir, owner=self.args.should_save) as folder:
