@@ -25,6 +25,9 @@ class StepProgress(ProgressCallback):
     sums over all processes. Where stderr is no terminal it gets a line a minute and one at the end.
     """
 
+    training_bar: tqdm[Any] | None
+    prediction_bar: tqdm[Any] | None
+
     def __init__(self, meter: Meter, max_str_len: int = 100) -> None:
         super().__init__(max_str_len)
         self.meter = meter
@@ -61,7 +64,8 @@ class StepProgress(ProgressCallback):
 
     def _show(self, pairs_per_second: float, tokens_per_second: float, saved: float) -> None:
         text = f"{pairs_per_second:.3g} pairs/s, {tqdm.format_sizeof(tokens_per_second)} tokens/s, {saved:.0%} saved"
-        self.training_bar.set_postfix_str(text, refresh=False)
+        if self.training_bar is not None:
+            self.training_bar.set_postfix_str(text, refresh=False)
 
 
 class _Lines:

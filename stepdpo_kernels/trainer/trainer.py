@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -42,10 +43,12 @@ from stepdpo_kernels.trainer.reference import (
 from stepdpo_kernels.trainer.run_folder import (
     RUN_FILE,
     check_output_dir,
+    describe_run,
     put_in_place,
     read_run_file,
     remove_unstarted_run,
     staged,
+    to_standard_json,
     write_run_file,
 )
 from stepdpo_kernels.types import PackedBatch, StepDPOError, StepPair
@@ -146,6 +149,7 @@ class StepDPOTrainer(Trainer):
         self._staging: Path | None = None
         self._reference_keys: dict[str, dict[str, str]] = {}
         self._references_ready = False
+        self._reference_pass: dict[str, Any] = {"computed": [], "seconds": 0.0}
 
     # ---- reference log-probs ------------------------------------------------------------------------------------
 
@@ -156,11 +160,13 @@ class StepDPOTrainer(Trainer):
         """
         if self._references_ready:
             return
+        began = time.perf_counter()
         if self.train_dataset is not None:
             self._fill_ref_logps("train", self.train_dataset, self.get_train_dataloader)
         if self.eval_dataset is not None:
             self._fill_ref_logps("eval", self.eval_dataset, self.get_eval_dataloader)
         self._references_ready = True
+        self._reference_pass["seconds"] = round(time.perf_counter() - began, 3)
 
     def _fill_ref_logps(self, name: str, dataset: IndexedPairs, dataloader: Callable[[], DataLoader[Any]]) -> None:
         """Reference log-probs of a dataset, in the forests in which its dataloader first gives its pairs."""
@@ -200,6 +206,7 @@ class StepDPOTrainer(Trainer):
             return compute_ref_logps(model, len(dataset), steps, self._logps, self.accelerator, progress=progress)
 
         def compute() -> Tensor:
+            self._reference_pass["computed"].append(name)
             # The order of training must be the same whether this pass ran or a cache was read.
             gpus = [args.device] if args.device.type == "cuda" else []
             with without_adapter(), torch.random.fork_rng(devices=gpus), self._on_device(model):
@@ -267,10 +274,11 @@ class StepDPOTrainer(Trainer):
                 )
         begins = self.is_world_process_zero() and (checkpoint is None or not (Path(output_dir) / RUN_FILE).exists())
         if begins:
+            eval_pairs = None if self.eval_dataset is None else self.eval_dataset.pairs
             description = {
-                "config": self.args.to_sanitized_dict(),
+                **describe_run(self.args, self.model, self.train_dataset.pairs, eval_pairs),
                 "reference": self._reference_keys,
-                "pairs": len(self.train_dataset),
+                "reference_pass": self._reference_pass,
             }
             write_run_file(output_dir, description)
         self._meter.reset()
@@ -406,7 +414,7 @@ class StepDPOTrainer(Trainer):
         self.callback_handler.eval_dataloader = dataloader
         for step in dataloader:
             yield step
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
@@ -431,6 +439,7 @@ class StepDPOTrainer(Trainer):
                 if self.args.should_save:
                     self.state.save_to_json(str(folder / name / "trainer_state.json"))
             if self.args.should_save:
+                to_standard_json(folder / name / "trainer_state.json")
                 put_in_place(folder / name, run_dir / name)
                 rotate_checkpoints(
                     output_dir=str(run_dir),
