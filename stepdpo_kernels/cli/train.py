@@ -148,7 +148,9 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+    report = trainer.write_report()
     typer.echo(f"trained {trainer.state.global_step} steps on {len(pairs)} pairs; the model is in {config.output_dir}")
+    typer.echo(f"what came of it is in {report}")
 
 
 def _where_to_resume(output_dir: Path) -> str:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_check
 
 from stepdpo_kernels.loss import StepDPOOutput
 from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward, head_options
+from stepdpo_kernels.trainer.card import CARD_FILE, write_card_of
 from stepdpo_kernels.trainer.checks import (
     check_adapter,
     check_distribution,
@@ -40,6 +41,7 @@ from stepdpo_kernels.trainer.reference import (
     load_or_compute,
     weights_fingerprint,
 )
+from stepdpo_kernels.trainer.report import REPORT_FILE, write_report
 from stepdpo_kernels.trainer.run_folder import (
     RUN_FILE,
     check_output_dir,
@@ -448,6 +450,8 @@ class StepDPOTrainer(Trainer):
                     use_mtime=True,
                 )
             self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes model, tokenizer and arguments beside their place and renames them, so that no file is half there."""
@@ -457,4 +461,30 @@ class StepDPOTrainer(Trainer):
         with staged(target) as folder:
             super()._save(str(folder), state_dict)
             for file in sorted(folder.iterdir()):
-                put_in_place(file, target / file.name)
+                if file.name != CARD_FILE:  # peft's, which has nothing but blanks
+                    put_in_place(file, target / file.name)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, with a model card after training; one that somebody else put there stays."""
+        super().save_model(output_dir, _internal_call)
+        is_pushed = self.args.push_to_hub and output_dir in (None, self.args.output_dir)  # and got its card
+        if not _internal_call and not is_pushed:
+            write_card_of(self, output_dir)
+
+    def create_model_card(self, *args: Any, **given: Any) -> None:
+        """Writes the model card of a run into output_dir, as `push_to_hub` does; before any run, Trainer's."""
+        if not write_card_of(self, None, *args, **given):
+            super().create_model_card(*args, **given)
+
+    def write_report(self) -> Path:
+        """Writes `report.md` and `report.png` of the whole run into output_dir, on the main process.
+
+        The picture needs matplotlib. Raises StepDPOError where nothing was trained.
+        """
+        if self.is_world_process_zero():
+            write_report(self.args.output_dir, self.state)
+        return Path(self.args.output_dir) / REPORT_FILE
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else once the checkpoint is in its place
+            super()._push_from_checkpoint(checkpoint_folder)
