@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import typer
 import yaml
-from transformers import HfArgumentParser
+from transformers import EarlyStoppingCallback, HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from stepdpo_kernels.data import load_step_pairs
@@ -41,6 +41,10 @@ class DataAndModel:
     )
     strict: bool = field(default=False, metadata={"help": "Fail at the first pair that would be left out."})
     limit: int | None = field(default=None, metadata={"help": "Read only the first so many records."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."},
+    )
 
 
 class _Parser(HfArgumentParser):
@@ -73,6 +77,10 @@ def parse(arguments: list[str]) -> tuple[DataAndModel, StepDPOConfig]:
         parser.error(f"unknown option {unknown[0]!r}")
     if config.eval_strategy != "no" and options.eval_data is None:
         parser.error(f"eval_strategy {config.eval_strategy.value!r} needs eval_data")
+    if options.early_stopping_patience is not None:
+        if config.eval_strategy == "no" or config.metric_for_best_model is None:
+            parser.error("early_stopping_patience needs eval_strategy and metric_for_best_model")
+        config.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
     return options, config
 
 
@@ -139,12 +147,14 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
 
     pairs = load(options.data)
     eval_pairs = None if options.eval_data is None else load(options.eval_data)
+    patience = options.early_stopping_patience
     trainer = StepDPOTrainer(
         model=load_model(options.model, options.dtype),
         args=config,
         train_dataset=pairs,
         processing_class=tokenizer,
         eval_dataset=eval_pairs,
+        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
