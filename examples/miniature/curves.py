@@ -7,7 +7,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from examples.miniature.train import Curve
+from stepdpo_kernels.trainer.report import Curve
 
 # Okabe and Ito's colours: told apart with every common kind of colour vision, and by lightness in print.
 OWN, FOREIGN, INK = "#0072B2", "#D55E00", "#444444"

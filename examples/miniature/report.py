@@ -6,7 +6,6 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -16,6 +15,7 @@ from examples.miniature.evaluate import Accuracy
 from examples.miniature.settings import Settings
 from examples.miniature.sharing import Packing
 from examples.miniature.task import HABIT_PROBABILITY
+from stepdpo_kernels.trainer.report import markdown_table
 
 HEADER = ("model", "solved", "change, points", "wrong by a dropped carry")
 CAVEAT = (
@@ -124,7 +124,7 @@ def _text(r: Results) -> str:
     parts = [
         "# Step-DPO in miniature: what came out",
         r.verdict,
-        _table(HEADER, accuracy_rows(r)),
+        markdown_table(HEADER, accuracy_rows(r)),
         f"{len(r.before.right):,} fresh problems, the same for every model. ± is one standard error; that of a change "
         "is taken over the differences problem by problem. One seed.",
         CAVEAT,
@@ -144,11 +144,11 @@ def _text(r: Results) -> str:
         f"First training loss: {r.first_loss:.6f} (log 2 is 0.693147: policy and reference are the same then).",
         f"Problems in common between fine-tuning, pairs, curves and evaluation: {leaks}.",
         "## What sharing saved",
-        _table(("packing", "tokens encoded", "median optimiser step"), sharing_rows(r)),
+        markdown_table(("packing", "tokens encoded", "median optimiser step"), sharing_rows(r)),
         f"{sharing_sentence(r)} {r.settings.timing_steps} optimiser steps of {r.settings.pairs_per_step} pairs each "
         f"way, taken in turns; their losses differ by at most {losses:.1e}.",
         "## Times",
-        _table(
+        markdown_table(
             ("stage", "seconds", "processor seconds"),
             [(s.name, f"{s.seconds:.1f}", f"{s.cpu_seconds:.1f}") for s in r.stages],
         ),
@@ -163,8 +163,3 @@ def _text(r: Results) -> str:
         f"stepdpo_kernels {stepdpo_kernels.__version__}, {torch.get_num_threads()} threads.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(header: tuple[str, ...], rows: list[Any]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -17,11 +17,10 @@ from examples.miniature.settings import Settings
 from examples.miniature.sft import load
 from examples.miniature.task import Problem
 from stepdpo_kernels import StepDPOConfig, StepDPOLoss, StepDPOTrainer, StepPair, pack_pairs, packed_forward
+from stepdpo_kernels.trainer.report import Curve, curves
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-Curve = list[tuple[int, float]]  # (optimiser steps done, value)
 
 
 @dataclass(frozen=True)
@@ -103,18 +102,7 @@ def train(
     trainer.train()
     seconds = time.perf_counter() - start - watch.seconds
     trainer.save_model()
-    return Training(model.eval(), {**_curves(trainer.state.log_history), "accuracy": watch.accuracy}, seconds)
-
-
-def _curves(history: Sequence[dict[str, Any]]) -> dict[str, Curve]:
-    """Metrics of training are those before the step that they are logged at; those of evaluation, after it."""
-    curves: dict[str, Curve] = {}
-    for row in history:
-        for name, value in row.items():
-            before = 0 if name.startswith("eval_") else 1
-            if "/" in name or name in ("loss", "eval_loss"):
-                curves.setdefault(name, []).append((row["step"] - before, value))
-    return curves
+    return Training(model.eval(), {**curves(trainer.state.log_history), "accuracy": watch.accuracy}, seconds)
 
 
 @torch.no_grad()

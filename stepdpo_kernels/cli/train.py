@@ -12,7 +12,7 @@ import torch
 import typer
 import yaml
 from rich.console import Console
-from transformers import HfArgumentParser
+from transformers import EarlyStoppingCallback, HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from stepdpo_kernels.cli.inspect import print_pair
@@ -69,6 +69,10 @@ class DataAndModel:
         default=False,
         metadata={"help": "Load everything, pack an epoch, print the plan and the first pair; write nothing."},
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."},
+    )
 
 
 class _Parser(HfArgumentParser):
@@ -105,6 +109,10 @@ def parse(arguments: list[str]) -> tuple[DataAndModel, StepDPOConfig]:
         for name in ("load_in_4bit", "merge_adapter", "lora_dropout", "lora_alpha"):
             if getattr(options, name):
                 parser.error(f"{name} needs an adapter: give lora_r")
+    if options.early_stopping_patience is not None:
+        if config.eval_strategy == "no" or config.metric_for_best_model is None:
+            parser.error("early_stopping_patience needs eval_strategy and metric_for_best_model")
+        config.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
     return options, config
 
 
@@ -175,6 +183,7 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
         config.push_to_hub = False
     pairs = load(options.data)
     eval_pairs = None if options.eval_data is None else load(options.eval_data)
+    patience = options.early_stopping_patience
     trainer = StepDPOTrainer(
         model=load_model(options.model, options.dtype, load_in_4bit=options.load_in_4bit),
         args=config,
@@ -183,6 +192,7 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
         train_dataset=pairs,
         processing_class=tokenizer,
         eval_dataset=eval_pairs,
+        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
     )
     if options.merge_adapter:
         _check_mergeable(trainer.model)
@@ -195,7 +205,9 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
         return
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+    report = trainer.write_report()
     typer.echo(f"trained {trainer.state.global_step} steps on {len(pairs)} pairs; the model is in {config.output_dir}")
+    typer.echo(f"what came of it is in {report}")
     if options.merge_adapter and trainer.is_world_process_zero():
         _save_merged(options, config)
 

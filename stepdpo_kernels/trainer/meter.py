@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -22,18 +23,56 @@ _LOGGED_AS = (
 )
 
 
+class Totals(NamedTuple):
+    """Of this process since the meter was reset.
+
+    pairs:     pairs
+    tokens:    tokens encoded, shared ones once
+    unshared:  tokens that as many unshared branches have
+    batches:   forward passes
+    seconds:   of packing and training, without evaluation and saving
+    """
+
+    pairs: int
+    tokens: int
+    unshared: int
+    batches: int
+    seconds: float
+
+
 class Meter:
     """Sums over pairs since the last `drain`. Nothing is read back from the device before that."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self._sums: Tensor | None = None  # (6,) of _PER_PAIR, then the loss
         self._counts = [0, 0, 0, 0]  # pairs, tokens, unshared tokens, batches
         self._since: float | None = None
+        self._seconds = 0.0  # of this interval, before the clock last stood still
+        self._drained = [0, 0, 0, 0]
+        self._drained_seconds = 0.0
 
     def start(self) -> None:
-        """Starts the clock, unless it runs since the last drain."""
+        """Starts the clock, unless it runs."""
         if self._since is None:
             self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops the clock for what is not training, once the device has done what it was given."""
+        if self._since is not None:
+            if self._sums is not None and self._sums.device.type != "cpu":
+                torch.accelerator.synchronize(self._sums.device)
+            self._seconds, self._since = self._elapsed(), None
+
+    def _elapsed(self) -> float:
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def totals(self) -> Totals:
+        """Host numbers alone: reading them waits for no device."""
+        pairs, tokens, unshared, batches = (a + b for a, b in zip(self._drained, self._counts, strict=True))
+        return Totals(pairs, tokens, unshared, batches, self._drained_seconds + self._elapsed())
 
     def add(self, batch: PackedBatch, output: StepDPOOutput) -> None:
         parts = [getattr(output, name).sum() for name in _PER_PAIR]
@@ -43,7 +82,7 @@ class Meter:
         self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
 
     def drain(self, accelerator: Accelerator, *, losses_are_sums: bool = False) -> dict[str, float]:
-        """Means over the pairs of all processes, and everything starts again at zero. All processes must call it.
+        """Means over the pairs of all processes, and the next interval starts at zero. All processes must call it.
 
         losses_are_sums: the losses added were sums over pairs (num_pairs=1), so their mean is reported as well.
         """
@@ -51,8 +90,10 @@ class Meter:
         counts = torch.tensor(self._counts, dtype=torch.float32, device=sums.device)
         totals = accelerator.reduce(torch.cat([sums, counts]), reduction="sum").tolist()
         *means, loss, pairs, tokens, unshared, batches = totals
-        seconds = time.perf_counter() - self._since if self._since is not None else float("nan")
-        self._sums, self._counts, self._since = None, [0, 0, 0, 0], None
+        seconds = self._elapsed()
+        self._drained = [a + b for a, b in zip(self._drained, self._counts, strict=True)]
+        self._drained_seconds += seconds
+        self._sums, self._counts, self._since, self._seconds = None, [0, 0, 0, 0], None, 0.0
         if not pairs:
             return {}
         return {
@@ -60,5 +101,7 @@ class Meter:
             **{name: value / pairs for name, value in zip(_LOGGED_AS, means, strict=True)},
             "tokens/saved": 1 - tokens / unshared,
             "tokens/batch": tokens / batches,
+            "tokens/encoded": tokens,
             "pairs_per_second": pairs / seconds,
+            "tokens_per_second": tokens / seconds,
         }

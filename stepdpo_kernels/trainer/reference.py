@@ -27,10 +27,10 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 import stepdpo_kernels
 from stepdpo_kernels.model import causal_lm
+from stepdpo_kernels.trainer.progress import open_bar
 from stepdpo_kernels.trainer.sharding import whole
 from stepdpo_kernels.types import PackedBatch, StepPair
 
@@ -176,7 +176,7 @@ def compute_ref_logps(
         table, seen, done = partial.load(table, seen, accelerator)
     was_training = model.training
     model.eval()
-    with tqdm(total=num_pairs, desc="reference log-probs", unit="pair", disable=not progress) as bar:
+    with open_bar(num_pairs, "reference log-probs: ", unit="pairs", disable=not progress) as bar:
         for number, (batch, counts) in enumerate(batches):
             if number >= done:
                 batch = batch.to(device)

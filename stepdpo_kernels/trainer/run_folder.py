@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
+from torch import nn
+from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 import stepdpo_kernels
-from stepdpo_kernels.types import StepDPOError
+from stepdpo_kernels.data import StepPairDataset
+from stepdpo_kernels.model import causal_lm
+from stepdpo_kernels.types import StepDPOError, StepPair
 
 RUN_FILE = "stepdpo_run.json"
 _TORCH_SAVE = re.compile("inline_container|PytorchStreamWriter")  # its words for a failed write
@@ -82,18 +87,115 @@ def _whole_checkpoint(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def write_run_file(output_dir: str | os.PathLike[str], description: dict[str, Any]) -> None:
-    """Writes RUN_FILE: the resolved configuration, fingerprints and versions of a run."""
-    versions = {
-        "python": platform.python_version(),
-        "stepdpo_kernels": stepdpo_kernels.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+def describe_run(
+    args: TrainingArguments, model: nn.Module, train: Sequence[StepPair], evaluation: Sequence[StepPair] | None = None
+) -> dict[str, Any]:
+    """What a run is made of, for `write_run_file`: configuration, model, data, device and versions."""
+    trainable, every = count_parameters(model)
+    data = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
+    return {
+        "config": {k: v if _is_finite(v) else str(v) for k, v in args.to_dict().items()},
+        "model": {
+            "name": causal_lm(model).config._name_or_path,
+            "type": causal_lm(model).config.model_type,
+            "adapter": getattr(model, "peft_type", None),
+            "trainable_parameters": trainable,
+            "parameters": every,
+        },
+        "pairs": len(train),
+        "data": {name: describe_pairs(pairs) for name, pairs in data.items()},
+        "device": describe_device(args),
+        "versions": versions(),
     }
-    path = Path(output_dir) / RUN_FILE
+
+
+def describe_pairs(pairs: Sequence[StepPair]) -> dict[str, Any]:
+    """Number and fingerprint of the pairs, and of which load they are (part of) what was kept, where that is known."""
+    dataset = pairs if isinstance(pairs, StepPairDataset) else StepPairDataset(pairs[i] for i in range(len(pairs)))
+    description: dict[str, Any] = {"pairs": len(dataset), "fingerprint": dataset.fingerprint}
+    report = dataset.report
+    if report.source:
+        description["load"] = {
+            "source": report.source,
+            "files": list(report.files),
+            "records": report.records,
+            "kept": report.kept,
+            "left_out": dict(report.dropped),
+        }
+    return description
+
+
+def describe_device(args: TrainingArguments) -> dict[str, Any]:
+    """Of this process, with the number of processes."""
+    device = args.device
+    return {
+        "type": device.type,
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "processes": args.world_size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this package and those libraries under it that are installed."""
+    found = {"python": platform.python_version(), "stepdpo_kernels": stepdpo_kernels.__version__}
+    for name in ("torch", "triton", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    found["torch"] = torch.__version__  # with its build
+    if torch.version.cuda is not None and torch.cuda.is_available():
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all), counting weights that DeepSpeed has elsewhere and those packed two to a byte."""
+    trainable = every = 0
+    for parameter in model.parameters():
+        count = parameter.numel() or getattr(parameter, "ds_numel", 0)
+        if type(parameter).__name__ == "Params4bit":
+            count *= 2 * parameter.element_size()
+        every += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, every
+
+
+def write_run_file(output_dir: str | os.PathLike[str], description: dict[str, Any]) -> None:
+    """Writes RUN_FILE, for example of what `describe_run` gives."""
+    _write_json(Path(output_dir) / RUN_FILE, _without_nonfinite(description))
+
+
+def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**description, "versions": versions}, indent=2, default=str) + "\n")
+    temporary.write_text(json.dumps(value, indent=2, default=str, allow_nan=False) + "\n")
     os.replace(temporary, path)
+
+
+def to_standard_json(path: Path) -> None:
+    """Rewrites a file in which Python's json put NaN or Infinity, which JSON does not have, with null there."""
+    value = json.loads(path.read_text())
+    clean = _without_nonfinite(value)
+    if clean != value:
+        _write_json(path, clean)
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nonfinite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nonfinite(item) for item in value]
+    return value if _is_finite(value) else None
 
 
 def read_run_file(output_dir: str | os.PathLike[str]) -> dict[str, Any]:

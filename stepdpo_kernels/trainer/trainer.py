@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -23,6 +24,7 @@ from stepdpo_kernels.loss import StepDPOOutput
 from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward, head_options
 from stepdpo_kernels.model.verify import PAIRS
 from stepdpo_kernels.trainer.acceleration import accelerate_layers
+from stepdpo_kernels.trainer.card import CARD_FILE, write_card_of
 from stepdpo_kernels.trainer.checks import (
     check_accelerator,
     check_adapter,
@@ -40,6 +42,7 @@ from stepdpo_kernels.trainer.loading import load_model
 from stepdpo_kernels.trainer.meter import Meter
 from stepdpo_kernels.trainer.nonfinite import check_finite, culprits, finite_losses
 from stepdpo_kernels.trainer.plan import TrainingPlan, plan_training
+from stepdpo_kernels.trainer.progress import use_step_progress
 from stepdpo_kernels.trainer.reference import (
     PartialTable,
     cache_key,
@@ -49,16 +52,19 @@ from stepdpo_kernels.trainer.reference import (
     load_or_compute,
     weights_fingerprint,
 )
+from stepdpo_kernels.trainer.report import REPORT_FILE, write_report
 from stepdpo_kernels.trainer.run_folder import (
     RUN_FILE,
     check_output_dir,
     check_writable,
+    describe_run,
     explained,
     put_in_place,
     read_run_file,
     remove_unstarted_run,
     rotate,
     staged,
+    to_standard_json,
     write_run_file,
 )
 from stepdpo_kernels.trainer.sharding import (
@@ -101,7 +107,8 @@ class StepDPOTrainer(Trainer):
 
     Logged, as means over the pairs since the last log: loss, rewards/chosen, rewards/rejected, rewards/margins,
     rewards/accuracies, logps/chosen, logps/rejected (nats), tokens/saved (share of the tokens that unshared branches
-    would take), tokens/batch (encoded a forward pass), pairs_per_second, and Trainer's own.
+    would take), tokens/batch (encoded a forward pass), and Trainer's own. Also tokens/encoded (all since the last log),
+    pairs_per_second and tokens_per_second (encoded ones), without the time of evaluation and saving.
 
     A loss or gradient that is not finite is reported with the ids of its pairs before the weights change, and
     StepDPOError raised, or the optimiser step skipped (`on_nonfinite`).
@@ -177,12 +184,14 @@ class StepDPOTrainer(Trainer):
             ref_model.to(args.device)
         self.add_callback(SetEpoch)
         self._meter = Meter()
+        use_step_progress(self, self._meter)
         self._parts: list[tuple[PackedBatch, StepDPOOutput]] = []  # forward passes of the step in progress
         self._steps, self._skipped = 0, 0  # since the last log
         self._staging: Path | None = None
         self._reference_keys: dict[str, dict[str, str]] = {}
         self._references_ready = False
         self._when_sharded: list[Callable[[], None]] = []
+        self._reference_pass: dict[str, Any] = {"computed": [], "seconds": 0.0}
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Without torch.compile of the whole model: its layers are compiled already."""
@@ -197,11 +206,14 @@ class StepDPOTrainer(Trainer):
         """
         if self._references_ready:
             return
+        began = time.perf_counter()
         if self.train_dataset is not None:
             self._fill_ref_logps("train", self.train_dataset, self.get_train_dataloader)
         if self.eval_dataset is not None:
             self._fill_ref_logps("eval", self.eval_dataset, self.get_eval_dataloader)
         self._references_ready = True
+        # of a model that is yet to be sharded, nothing is known when the run is described
+        self._reference_pass["seconds"] = None if self._when_sharded else round(time.perf_counter() - began, 3)
 
     def reference_key(self, name: str, dataset: IndexedPairs) -> dict[str, str]:
         """What the reference log-probs of a dataset ("train" or "eval") depend on: the key of their cache file."""
@@ -248,6 +260,7 @@ class StepDPOTrainer(Trainer):
             )
 
         def compute(partial: PartialTable) -> Tensor:
+            self._reference_pass["computed"].append(name)
             # The order of training must be the same whether this pass ran or a cache was read.
             gpus = [args.device] if args.device.type == "cuda" else []
             with torch.random.fork_rng(devices=gpus), self._on_device(model), self._as_reference():
@@ -370,13 +383,14 @@ class StepDPOTrainer(Trainer):
                 )
         begins = self.is_world_process_zero() and (checkpoint is None or not (Path(output_dir) / RUN_FILE).exists())
         if begins:
+            eval_pairs = None if self.eval_dataset is None else self.eval_dataset.pairs
             description = {
-                "config": self.args.to_sanitized_dict(),
+                **describe_run(self.args, self.model, self.train_dataset.pairs, eval_pairs),
                 "reference": self._reference_keys,
-                "pairs": len(self.train_dataset),
+                "reference_pass": self._reference_pass,
             }
             write_run_file(output_dir, description)
-        self._meter = Meter()
+        self._meter.reset()
         try:
             return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         except BaseException:
@@ -495,6 +509,7 @@ class StepDPOTrainer(Trainer):
                     del logs["loss"]
                 logs["steps/skipped"] = self._skipped
             self._steps, self._skipped = 0, 0
+        logs.update({name: value + 0.0 for name, value in logs.items() if isinstance(value, float)})  # -0.0 becomes 0.0
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -513,6 +528,7 @@ class StepDPOTrainer(Trainer):
 
         Raises StepDPOError for another dataset once the policy has moved on, unless there is a ref_model.
         """
+        self._meter.pause()
         self.prepare_references()
         if eval_dataset is not None and not isinstance(eval_dataset, IndexedPairs):
             check_pairs(eval_dataset, "eval_dataset", self.model, self.args)
@@ -542,7 +558,7 @@ class StepDPOTrainer(Trainer):
         table = torch.zeros(len(dataset), 4, device=self.args.device)  # rewards, then log-probs
         meter = Meter()
         meter.start()
-        for batch, counts in equal_passes(dataloader, self.accelerator, self._nothing):
+        for batch, counts in equal_passes(self._evaluation_steps(dataloader), self.accelerator, self._nothing):
             batch = batch.to(self.args.device)
             ref_logps = self._ref_logps(batch, dataset)
             with self.compute_loss_context_manager():
@@ -564,6 +580,12 @@ class StepDPOTrainer(Trainer):
         }
         return EvalLoopOutput(predictions=predictions, label_ids=label_ids, metrics=prefixed, num_samples=len(dataset))
 
+    def _evaluation_steps(self, dataloader: DataLoader[Any]) -> Iterator[list[PackedBatch]]:
+        self.callback_handler.eval_dataloader = dataloader
+        for step in dataloader:
+            yield step
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -571,6 +593,7 @@ class StepDPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Saves beside the checkpoints and renames, so that a checkpoint is whole or absent."""
+        self._meter.pause()
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         with explained(name, run_dir), staged(run_dir, owner=self.args.should_save) as folder:
@@ -586,13 +609,12 @@ class StepDPOTrainer(Trainer):
                 if self.args.should_save:
                     self.state.save_to_json(str(folder / name / "trainer_state.json"))
             if self.args.should_save:
+                to_standard_json(folder / name / "trainer_state.json")
                 put_in_place(folder / name, run_dir / name)
                 rotate(run_dir, folder, self.args.save_total_limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with nullcontext() if _internal_call else whole_state_dict(self.accelerator):
-            super().save_model(output_dir, _internal_call)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes model, tokenizer and arguments beside their place and renames them, so that no file is half there."""
@@ -604,4 +626,31 @@ class StepDPOTrainer(Trainer):
         with explanation, staged(target) as folder:
             super()._save(str(folder), state_dict)
             for file in sorted(folder.iterdir()):
-                put_in_place(file, target / file.name)
+                if file.name != CARD_FILE:  # peft's, which has nothing but blanks
+                    put_in_place(file, target / file.name)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, with a model card after training; one that somebody else put there stays."""
+        with nullcontext() if _internal_call else whole_state_dict(self.accelerator):
+            super().save_model(output_dir, _internal_call)
+        is_pushed = self.args.push_to_hub and output_dir in (None, self.args.output_dir)  # and got its card
+        if not _internal_call and not is_pushed:
+            write_card_of(self, output_dir)
+
+    def create_model_card(self, *args: Any, **given: Any) -> None:
+        """Writes the model card of a run into output_dir, as `push_to_hub` does; before any run, Trainer's."""
+        if not write_card_of(self, None, *args, **given):
+            super().create_model_card(*args, **given)
+
+    def write_report(self) -> Path:
+        """Writes `report.md` and `report.png` of the whole run into output_dir, on the main process.
+
+        The picture needs matplotlib. Raises StepDPOError where nothing was trained.
+        """
+        if self.is_world_process_zero():
+            write_report(self.args.output_dir, self.state)
+        return Path(self.args.output_dir) / REPORT_FILE
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else once the checkpoint is in its place
+            super()._push_from_checkpoint(checkpoint_folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -133,15 +134,83 @@ def test_old_checkpoints_go_and_the_best_stays(tiny_model, pairs, config, tmp_pa
 
 
 def test_the_run_file_says_what_made_the_run(tiny_model, pairs, config, tmp_path):
+    import platform
+
+    import accelerate
+    import peft
     import transformers
 
     import stepdpo_kernels
 
-    StepDPOTrainer(tiny_model(), config(beta=0.3, max_steps=1), pairs).train()
-    run = json.loads((tmp_path / "run" / "stepdpo_run.json").read_text())
+    args = config(beta=0.3, max_steps=1, max_grad_norm=float("inf"))
+    trainer = StepDPOTrainer(tiny_model(), args, pairs[:20], eval_dataset=list(pairs[20:]))
+    trainer.train()
+    run = json.loads((tmp_path / "run" / "stepdpo_run.json").read_text(), parse_constant=pytest.fail)
+    assert run["config"]["max_grad_norm"] == "inf"
+    assert run["config"]["report_to"] == []
     assert run["config"]["beta"] == 0.3
     assert run["config"]["pairs_per_step"] == 4
-    assert run["pairs"] == 24
-    assert run["versions"]["stepdpo_kernels"] == stepdpo_kernels.__version__
-    assert run["versions"]["transformers"] == transformers.__version__
+    assert run["pairs"] == 20
+    assert run["data"]["train"] == {
+        "pairs": 20,
+        "fingerprint": pairs[:20].fingerprint,
+        "load": {
+            "source": str(tmp_path / "pairs.jsonl"),
+            "files": list(pairs.report.files),
+            "records": 24,
+            "kept": 24,
+            "left_out": {},
+        },
+    }
+    assert run["data"]["eval"] == {"pairs": 4, "fingerprint": pairs[20:].fingerprint}
+    for package in (stepdpo_kernels, transformers, accelerate, peft, torch):
+        assert run["versions"][package.__name__] == package.__version__
+    assert run["versions"]["python"] == platform.python_version()
+    assert run["device"] | {"name": ""} == {"type": "cpu", "name": "", "processes": 1, "threads": 1}
+    assert run["device"]["name"]
+    every = sum(parameter.numel() for parameter in tiny_model().parameters())
+    assert (run["model"]["trainable_parameters"], run["model"]["parameters"]) == (every, every)
+    assert run["model"]["type"] == tiny_model().config.model_type
+    assert run["reference_pass"]["computed"] == ["train", "eval"]
+    assert run["reference_pass"]["seconds"] > 0
     assert {"model", "pairs", "settings"} <= run["reference"]["train"].keys()
+
+
+def test_the_run_file_counts_what_an_adapter_trains(tiny_model, pairs, config, tmp_path):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = StepDPOTrainer(tiny_model(), config(max_steps=1), pairs, peft_config=lora)
+    trainer.train()
+    run = json.loads((tmp_path / "run" / "stepdpo_run.json").read_text())["model"]
+    assert run["adapter"] == "LORA"
+    assert (run["trainable_parameters"], run["parameters"]) == trainer.model.get_nb_trainable_parameters()
+    assert 0 < run["trainable_parameters"] < run["parameters"]
+
+
+def test_a_cached_reference_is_not_called_computed(tiny_model, pairs, config, tmp_path):
+    for name, computed in (("first", ["train"]), ("second", [])):
+        StepDPOTrainer(tiny_model(), config(output_dir=str(tmp_path / name), max_steps=1), pairs).train()
+        run = json.loads((tmp_path / name / "stepdpo_run.json").read_text())
+        assert run["reference_pass"]["computed"] == computed
+
+
+def test_logs_are_json_for_every_reader(tiny_model, pairs, config, monkeypatch, tmp_path):
+    """NaN and Infinity are Python's own; -0.0 is a sign without a meaning."""
+    trainer = StepDPOTrainer(tiny_model(), config(max_steps=2, save_strategy="steps", save_steps=2), pairs)
+    add = trainer._meter.drain
+
+    def drain(accelerator, **options):
+        logged = add(accelerator, **options)
+        step = trainer.state.global_step
+        return logged | {"loss": -0.0 if step == 1 else math.nan, "rewards/margins": -math.inf}
+
+    monkeypatch.setattr(trainer._meter, "drain", drain)
+    trainer.train()
+    assert [str(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry] == ["0.0", "nan"]
+    state = (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text()
+    logged = json.loads(state, parse_constant=pytest.fail)["log_history"]
+    assert [(entry["loss"], entry["rewards/margins"]) for entry in logged] == [(0.0, None), (None, None)]
+    again = StepDPOTrainer(tiny_model(), config(max_steps=3), pairs)
+    again.train(resume_from_checkpoint=True)
+    assert len([entry for entry in again.state.log_history if "loss" in entry]) == 3

@@ -25,8 +25,11 @@ METRICS = {
     "logps/rejected",
     "tokens/saved",
     "tokens/batch",
+    "tokens/encoded",
     "pairs_per_second",
+    "tokens_per_second",
 }
+SPEED = {"pairs_per_second", "tokens_per_second"}
 
 
 @pytest.fixture
@@ -91,6 +94,9 @@ def test_metrics_of_every_step(tiny_model, weighted, config, share):
         assert (entry["tokens/saved"], entry["tokens/batch"]) == pytest.approx(saved(pairs, 250, share), rel=1e-6)
         assert entry["rewards/margins"] == pytest.approx(entry["rewards/chosen"] - entry["rewards/rejected"], abs=1e-4)
         assert 0 < entry["pairs_per_second"] < 1e6
+        encoded = sum(batch.num_tokens for batch in pack_pairs(pairs, 250, share=share))
+        assert entry["tokens/encoded"] == encoded
+        assert entry["tokens_per_second"] == pytest.approx(entry["pairs_per_second"] * encoded / len(pairs))
     assert len({entry["rewards/accuracies"] for entry in logged}) > 1
 
 
@@ -134,7 +140,7 @@ def test_evaluation_does_not_disturb_training(tiny_model, weighted, config, tmp_
         trainer = StepDPOTrainer(tiny_model(), args, weighted, eval_dataset=weighted[:5])
         trainer.train()
         history = trainer.state.log_history
-        runs.append([{n: e[n] for n in METRICS - {"pairs_per_second"}} for e in history if "loss" in e])
+        runs.append([{n: e[n] for n in METRICS - SPEED} for e in history if "loss" in e])
         assert sum("eval_loss" in e for e in history) == (6 if fields else 0)
     assert runs[0] == runs[1]
 

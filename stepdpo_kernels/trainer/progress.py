@@ -1,0 +1,101 @@
+"""The progress bar of training: speed and what sharing saved, beside the time that is left."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
+
+from stepdpo_kernels.trainer.meter import Meter
+
+LINE_SECONDS = 60.0  # between two lines where stderr is no terminal
+
+# What the bar shows already; the line of a log in a terminal leaves it out.
+_SHOWN = ("pairs_per_second", "tokens_per_second", "tokens/saved")
+
+
+class StepProgress(ProgressCallback):
+    """Trainer's bar with pairs/s, encoded tokens/s and the share of tokens that sharing saved.
+
+    With one process they are averages since training began or was resumed, without evaluation and saving, and are
+    brought up to date after every step from numbers that the host has; with several, those of the last log, which are
+    sums over all processes. Where stderr is no terminal it gets a line a minute and one at the end.
+    """
+
+    training_bar: tqdm[Any] | None
+    prediction_bar: tqdm[Any] | None
+
+    def __init__(self, meter: Meter, max_str_len: int = 100) -> None:
+        super().__init__(max_str_len)
+        self.meter = meter
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = open_bar(state.max_steps, initial=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is None:
+            return
+        if args.world_size == 1:
+            done = self.meter.totals()
+            if done.pairs and done.seconds:
+                self._show(done.pairs / done.seconds, done.tokens / done.seconds, 1 - done.tokens / done.unshared)
+        super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and sys.stderr.isatty():
+            if self.prediction_bar is None:
+                self.prediction_bar = open_bar(len(eval_dataloader), "evaluation: ", leave=self.training_bar is None)
+            self.prediction_bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is None:
+            return
+        if args.world_size > 1 and all(name in logs for name in _SHOWN):
+            self._show(*(logs[name] for name in _SHOWN))
+        hidden = _SHOWN if sys.stderr.isatty() else ()
+        super().on_log(args, state, control, {k: v for k, v in logs.items() if k not in hidden}, **kwargs)
+
+    def _show(self, pairs_per_second: float, tokens_per_second: float, saved: float) -> None:
+        text = f"{pairs_per_second:.3g} pairs/s, {tqdm.format_sizeof(tokens_per_second)} tokens/s, {saved:.0%} saved"
+        if self.training_bar is not None:
+            self.training_bar.set_postfix_str(text, refresh=False)
+
+
+class _Lines:
+    """A stream to which a bar writes lines instead of writing over itself."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.last = stream, ""
+
+    def write(self, text: str) -> None:
+        if text.strip() not in ("", self.last):
+            self.last = text.strip()
+            self.stream.write(self.last + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def open_bar(total: int, words: str = "", *, unit: str = "steps", **options: Any) -> tqdm[Any]:
+    """A bar on a terminal; elsewhere a line a minute and one at the end. options: of tqdm"""
+    options |= {"total": total, "desc": words, "unit": unit}
+    if sys.stderr.isatty():
+        layout = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]"
+        return tqdm(**options, bar_format=layout, dynamic_ncols=True)
+    layout = "{desc}{n_fmt}/{total_fmt} {unit} ({percentage:.0f}%), {elapsed} passed, {remaining} left{postfix}"
+    seldom = {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
+    return tqdm(**options, bar_format=layout, file=_Lines(sys.stderr), **seldom)
+
+
+def use_step_progress(trainer: Trainer, meter: Meter) -> None:
+    """Puts the bar in the place of Trainer's own, where it has one (`disable_tqdm`, notebooks)."""
+    for callback in [c for c in trainer.callback_handler.callbacks if type(c) is ProgressCallback]:
+        trainer.remove_callback(callback)
+        trainer.add_callback(StepProgress(meter))
