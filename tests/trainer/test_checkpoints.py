@@ -198,7 +198,7 @@ def test_packed_and_sharded_parameters_are_counted_in_full():
     model = torch.nn.Linear(3, 2)
     model.packed = Params4bit(torch.zeros(10, 1, dtype=torch.uint8), requires_grad=False)
     model.weight.data = torch.empty(0)
-    model.weight.ds_numel = 6
+    model.weight.ds_numel = 6  # type: ignore[attr-defined]
     assert count_parameters(model) == (6 + 2, 6 + 2 + 20)
 
 
