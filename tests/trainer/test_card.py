@@ -175,7 +175,7 @@ def test_checkpoints_are_pushed_from_where_they_stay(trained, hub, tmp_path, str
     during = list(hub)
     trainer.save_model()
     assert hub[-1][0] == "Model save"
-    assert "README.md" in hub[-1][1]
+    assert hub[-1][1]["README.md"] == (tmp_path / "run" / "README.md").read_text()
     messages = [message for message, _ in during]
     expected = [f"Training in progress, step {step}" for step in (1, 2)]
     if strategy == "checkpoint":

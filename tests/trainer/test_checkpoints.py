@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepdpo_kernels.trainer import StepDPOTrainer
+from stepdpo_kernels.trainer.run_folder import count_parameters
 from tests.trainer.training import assert_same_weights, entries, weights
 
 
@@ -186,6 +187,19 @@ def test_the_run_file_counts_what_an_adapter_trains(tiny_model, pairs, config, t
     assert run["adapter"] == "LORA"
     assert (run["trainable_parameters"], run["parameters"]) == trainer.model.get_nb_trainable_parameters()
     assert 0 < run["trainable_parameters"] < run["parameters"]
+
+
+def test_packed_and_sharded_parameters_are_counted_in_full():
+    """As bitsandbytes packs two weights to a byte, and as DeepSpeed leaves an empty tensor behind."""
+
+    class Params4bit(torch.nn.Parameter):
+        pass
+
+    model = torch.nn.Linear(3, 2)
+    model.packed = Params4bit(torch.zeros(10, 1, dtype=torch.uint8), requires_grad=False)
+    model.weight.data = torch.empty(0)
+    model.weight.ds_numel = 6  # type: ignore[attr-defined]
+    assert count_parameters(model) == (6 + 2, 6 + 2 + 20)
 
 
 def test_a_cached_reference_is_not_called_computed(tiny_model, pairs, config, tmp_path):

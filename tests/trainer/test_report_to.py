@@ -39,12 +39,10 @@ def expected(trainer: StepDPOTrainer) -> dict[tuple[int, str], float]:
 
 
 def test_tensorboard(tiny_model, pairs, config, monkeypatch, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     trainer = run(tiny_model, pairs, config, "tensorboard")
-    events = EventAccumulator(str(tmp_path / "events"))
+    events = reader.EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     read = {(e.step, name): e.value for name in events.Tags()["scalars"] for e in events.Scalars(name)}
     values = expected(trainer)
