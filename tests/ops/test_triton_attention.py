@@ -323,6 +323,12 @@ def test_inputs_and_gradient_need_not_be_contiguous() -> None:
             assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
+def test_heads_too_far_apart_for_int32_are_brought_together() -> None:
+    for heads, copied in ((64, False), (65, True)):
+        x = torch.empty_strided((4, heads, 16), (16, 2**25, 1), device="meta")
+        assert triton_kernel._aligned(x).is_contiguous() == copied
+
+
 def test_heads_that_need_no_padding_are_kept_as_they_are() -> None:
     plan = PLANS["nested"]
     for sizes, kept in (((16, 16), [True, True, True]), ((16, 8), [True, True, False])):

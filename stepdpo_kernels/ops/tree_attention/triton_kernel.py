@@ -119,7 +119,7 @@ def _rows(block, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
 def _tile(x, token, head, stride_t, stride_h, T, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """[tokens, BLOCK] of (T, heads, SIZE), 0 outside it; head is a number or one for each token."""
     c = tl.arange(0, BLOCK)
-    offset = token.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h
+    offset = token.to(tl.int64) * stride_t + head * stride_h
     inside = (token < T)[:, None]
     if SIZE != BLOCK:
         inside = inside & (c < SIZE)[None, :]
@@ -443,9 +443,13 @@ def why_not(inputs: dict[str, Any]) -> list[str]:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """With heads that begin at multiples of 16 elements, which Triton loads 16 bytes at a time."""
+    """With heads that begin at multiples of 16 elements, which Triton loads 16 bytes at a time.
+
+    The last head begins less than 2^31 elements after the first: `_tile` has that product in int32, as registers are
+    few.
+    """
     aligned = x.stride(2) == 1 and x.stride(0) % 16 == x.stride(1) % 16 == x.data_ptr() % 16 == 0
-    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+    return x if aligned and (x.shape[1] - 1) * x.stride(1) < 2**31 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _constants(
