@@ -140,6 +140,17 @@ def assert_as_one(run: Run, one: Run, start: dict[str, torch.Tensor]) -> None:
     assert distance(run.weights, one.weights) < 2e-5 * distance(one.weights, start)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("options", [{"reference": "adapter_off", "lora": LORA}, {"reference": "model"}], ids=str)
+def test_a_reference_that_every_step_asks(train, tiny_model, sharding, options):
+    """In two processes as in one, also a copy of the model, and margins of 0 before the first update."""
+    one = train("one", **options)
+    two = train("two", (*TORCHRUN, "2"), **options, **sharding)
+    start = weights(tiny_model()) if "lora" not in options else {n: torch.zeros_like(w) for n, w in one.weights.items()}
+    assert_as_one(two, one, start)
+
+
 def start_of(tiny_model: Callable[..., Any], **options: Any) -> dict[str, torch.Tensor]:
     return weights(tiny_model(**options))
 
