@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stepdpo_kernels.data import load_step_pairs
 from tests.conftest import ROOT
 from tests.trainer.training import assert_same_weights, entries, weights, write_jsonl
 
@@ -126,3 +127,32 @@ def test_what_one_process_refuses_two_refuse_too(train, tmp_path):
     assert done.returncode != 0
     assert "pairs_per_step must be a positive multiple of the 2 processes, got 5" in done.stderr
     assert not (tmp_path / "odd").exists()
+
+
+def test_what_is_not_finite_on_one_process_is_skipped_by_both(train, tiny_model, tmp_path):
+    """The embedding of a token that few pairs have is infinite; the process that draws one of them names it."""
+    pairs = load_step_pairs(tmp_path / "data.jsonl", AutoTokenizer.from_pretrained(tmp_path / "model"))
+    having: dict[int, list[str]] = {}
+    for pair in pairs:
+        for token in {*pair.prefix_ids.tolist(), *pair.chosen_ids[:-1].tolist(), *pair.rejected_ids[:-1].tolist()}:
+            having.setdefault(token, []).append(pair.id)
+    token, some = min(having.items(), key=lambda item: len(item[1]))
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("inf")
+    model.save_pretrained(tmp_path / "model")
+    skips = []
+    for name, processes in (("one", 1), ("two", 2)):
+        done = train(name, processes, reference="none", on_nonfinite="skip", eval_strategy="no")
+        assert done.returncode == 0, done.stderr
+        assert all(repr(id_) in done.stderr for id_ in some)
+        skips.append(done.stderr.count("this step is skipped"))
+    assert skips[1] == 2 * skips[0]
+    one, two = history(tmp_path / "one"), history(tmp_path / "two")
+    assert [e["step"] for e in one if "steps/skipped" in e] == [e["step"] for e in two if "steps/skipped" in e]
+    losses = [[e["loss"] for e in run if "loss" in e] for run in (one, two)]
+    assert 0 < len(losses[0]) < len(one)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    done = train("stopped", 2, reference="none", eval_strategy="no")
+    assert done.returncode != 0
+    assert "not finite: the log-probs of pair" in done.stderr
