@@ -1,132 +1,232 @@
-"""The `step` suite: whole training on real pairs, ours beside TRL's DPOTrainer.
+"""The `step` suite: training on real pairs, ours beside TRL's DPOTrainer; reference log-probs and optimiser included.
 
-Each run is a fresh process, so that peak memory is its own: load the model, compute reference log-probs, take optimiser
-steps. Rounds go over all providers in turn. The pairs are those that the first steps of a shuffled epoch of the whole
-data set draw, and every provider but `ours-grouped` gets them, in the same order, as the same token ids; `ours-grouped`
-gets what problem-grouped sampling draws, which TRL does not have, and is held against TRL on shuffled pairs. Weights in
-float32 with bfloat16 compute (or bfloat16 weights, --dtype), AdamW, no dropout; with --lora an adapter instead.
-
-pairs/s is pairs over the seconds of everything that a pair costs in an epoch: reference log-probs, packing or padding,
-forward, backward, optimiser. Training alone is reported beside it, for runs of several epochs.
+A process for each provider: it loads the model, then takes its turns in rounds that go over all providers, first the
+reference log-probs of the pairs of each optimiser step, then the steps. The steps are the first of an epoch over all
+pairs. Ratios are taken round by round.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.measure import quantile, run_worker, write_rows
+from rich.console import Console
+from rich.table import Table
 
-PROVIDERS: dict[str, dict[str, Any]] = {
-    "ours-grouped": {"trainer": "ours", "share": "tree", "sampling": "grouped"},
-    "ours-tree": {"trainer": "ours", "share": "tree"},
-    "ours-pair": {"trainer": "ours", "share": "pair"},
-    "ours-none": {"trainer": "ours", "share": "none"},
-    # pairs padded together; gradients are accumulated to the pairs of a step
-    **{f"trl-{pairs}": {"trainer": "trl", "together": pairs} for pairs in (1, 2, 4, 8, 16, 32)},
-    **{f"trl-{pairs}-checkpointing": {"trainer": "trl", "together": pairs, "checkpointing": True} for pairs in (1, 8)},
+from benchmarks.measure import Worker, quantile, write_rows
+
+# A provider's name is its trainer and any of these words, joined by "-". A number is what a forward pass takes at once:
+# tokens of ours (--max-tokens), pairs of TRL.
+WORDS: dict[str, dict[str, dict[str, Any]]] = {
+    "ours": {
+        "grouped": {"sampling": "grouped"},
+        "pair": {"share": "pair"},
+        "none": {"share": "none"},
+        "checkpointing": {"checkpointing": True},
+    },
+    "trl": {
+        "checkpointing": {"checkpointing": True},
+        "unsorted": {"sorted": False},
+        "compiled": {"compiled": True},
+        "compact": {"compact": True},
+    },
 }
-DEFAULT_PROVIDERS = ("trl-1", "trl-8", "ours-tree", "ours-grouped")
-DEFAULTS = {"share": "tree", "sampling": "shuffle", "together": 1, "checkpointing": False}
+DEFAULTS: dict[str, Any] = {
+    "sampling": "shuffle",
+    "share": "tree",
+    "checkpointing": False,
+    "compiled": False,
+    "sorted": True,
+    "compact": False,
+}
+DEFAULT_PROVIDERS = ("ours", "ours-grouped", "trl-2")
+TIMEOUT = 1800.0  # seconds that a turn may take
+GIB = 2**30
+
+
+def settings_of(name: str, max_tokens: int) -> dict[str, Any]:
+    """Raises argparse.ArgumentTypeError for a name that is none."""
+    trainer, *words = name.split("-")
+    if trainer not in WORDS:
+        raise argparse.ArgumentTypeError(f"{name!r}: a provider begins with {' or '.join(WORDS)}")
+    settings = {"trainer": trainer, "at_once": max_tokens if trainer == "ours" else 1, **DEFAULTS}
+    for word in words:
+        if word.isdecimal() and int(word):
+            settings["at_once"] = int(word)
+        elif word in WORDS[trainer]:
+            settings |= WORDS[trainer][word]
+        else:
+            raise argparse.ArgumentTypeError(f"{name!r}: after {trainer} come a number, {', '.join(WORDS[trainer])}")
+    return settings
+
+
+def provider(name: str) -> str:
+    settings_of(name, 1)
+    return name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("step").add_argument
+    words = "; ".join(f"{trainer}: {', '.join(words)}" for trainer, words in WORDS.items())
     add("--model", help="folder, GGUF file or hub id of a causal language model; without it, random weights")
     add("--data", help="step pairs in the released schema (JSONL); goes with --model")
-    add("--providers", nargs="+", choices=sorted(PROVIDERS), default=list(DEFAULT_PROVIDERS))
+    add(
+        "--providers",
+        nargs="+",
+        type=provider,
+        default=list(DEFAULT_PROVIDERS),
+        help=f"ours or trl, a number (tokens of ours, pairs of TRL in a forward pass) and words ({words}), joined by -",
+    )
     add("--pairs-per-step", type=int, default=32, help="pairs of an optimiser step")
-    add("--steps", type=int, default=2, help="optimiser steps of each run")
-    add("--repeats", type=int, default=3, help="rounds over all providers, interleaved")
+    add("--repeats", type=int, default=5, help="rounds over all providers, interleaved, after one of warm-up")
     add("--max-tokens", type=int, default=2048, help="our token budget of a forward pass")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="weights in memory")
-    add("--lora", action="store_true", help="train an adapter of rank 16 on all linear layers but the head")
+    add("--lora-rank", type=int, default=0, help="train an adapter on all linear layers but the head; 0: all weights")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="weights in memory; compute is in bfloat16")
+    add("--seed", type=int, default=0, help="of the order in which an epoch draws its pairs")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measures, prints a table of medians and writes every run as a row."""
+    """Measures, prints a table of medians and writes a row for each provider and round."""
     if (arguments.model is None) != (arguments.data is None):
         raise SystemExit("--model and --data go together")
-    if arguments.model is not None:
-        measure(arguments)
-        return
-    from benchmarks.workload import synthetic  # transformers takes seconds to import, and --help should not
-
+    for name in arguments.providers:
+        at_once = settings_of(name, 1)["at_once"]
+        if name.startswith("trl") and arguments.pairs_per_step % at_once:
+            raise SystemExit(
+                f"{name}: {at_once} pairs at once do not divide --pairs-per-step {arguments.pairs_per_step}"
+            )
     with tempfile.TemporaryDirectory() as folder:
-        arguments.model, arguments.data = synthetic(Path(folder))
-        measure(arguments)
+        if arguments.model is None:
+            from benchmarks.workload import synthetic  # transformers takes seconds to import, and --help should not
+
+            arguments.model, arguments.data = synthetic(Path(folder))
+        arguments.model = plain_folder(arguments.model, arguments.dtype, Path(folder) / "plain")
+        rows = measure(arguments, Path(folder))
+    write_rows(arguments.output, rows)
+    print_tables(rows)
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    shared = {
-        name: getattr(arguments, name)
-        for name in ("model", "data", "pairs_per_step", "steps", "max_tokens", "dtype", "threads", "lora")
+def plain_folder(model: str, dtype: str, folder: Path) -> str:
+    """The model, or what a GGUF file holds as a plain folder: dequantising takes more memory than training."""
+    if Path(model).suffix != ".gguf" and not (Path(model).is_dir() and not (Path(model) / "config.json").exists()):
+        return model
+    from stepdpo_kernels.trainer import load_model, load_tokenizer
+
+    load_model(model, dtype).save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    return str(folder)
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    names = ("model", "data", "pairs_per_step", "lora_rank", "dtype", "seed", "threads")
+    settings = {name: getattr(arguments, name) for name in names} | {"steps": 1 + arguments.repeats}
+    own = {name: settings_of(name, arguments.max_tokens) for name in arguments.providers}
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in own}
+    with ExitStack() as stack:
+        workers = {}
+        for name in own:
+            (folder / name).mkdir()
+            workers[name] = Worker("benchmarks.step_worker", TIMEOUT, {"TMPDIR": str(folder / name)})
+            stack.callback(workers[name].close)
+            ask(workers[name], name, {**settings, **own[name], "folder": str(folder / name)})
+        for _ in range(2 * settings["steps"]):
+            for name, worker in workers.items():
+                turns[name].append(ask(worker, name, {}))
+    return [
+        as_row(name, number, settings, own[name], turns[name]) for number in range(settings["steps"]) for name in own
+    ]
+
+
+def ask(worker: Worker, name: str, message: dict[str, Any]) -> dict[str, Any]:
+    answer = worker.ask(message)
+    if answer.pop("status") != "ok":
+        raise SystemExit(f"{name}: {answer['note']}")
+    return answer
+
+
+def as_row(
+    name: str, number: int, settings: dict[str, Any], own: dict[str, Any], turns: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Of round `number`; 0 is warm-up."""
+    reference, step = turns[number], turns[settings["steps"] + number]
+    pairs = settings["pairs_per_step"]
+    both = reference["seconds"] + step["seconds"]
+    return {
+        "provider": name,
+        "round": number,
+        **{key: settings[key] for key in ("pairs_per_step", "lora_rank", "dtype", "seed", "threads")},
+        "sampling": own["sampling"],
+        "at_once": own["at_once"],
+        "reference_seconds": reference["seconds"],
+        "step_seconds": step["seconds"],
+        "processor_seconds": reference["processor_seconds"] + step["processor_seconds"],
+        "pairs_per_second": pairs / both,
+        "training_pairs_per_second": pairs / step["seconds"],
+        "peak_bytes": turns[-1]["peak_bytes"],
+        "extra_bytes": turns[-1]["extra_bytes"],
+        "loss": step["loss"],
+        "logps_chosen": step["logps_chosen"],
+        "logps_rejected": step["logps_rejected"],
     }
-    rows: list[dict[str, Any]] = []
-    for repeat in range(arguments.repeats):
-        for provider in arguments.providers:
-            result = run_worker("benchmarks.step_worker", {**shared, **DEFAULTS, **PROVIDERS[provider]})
-            pairs = result["pairs"]
-            row = {
-                "provider": provider,
-                "lora": arguments.lora,
-                "repeat": repeat,
-                "pairs_per_step": arguments.pairs_per_step,
-                "pairs": pairs,
-                "tokens_unshared": result["tokens_unshared"],
-                "reference_seconds": result["reference_seconds"],
-                "training_seconds": result["training_seconds"],
-                "pairs_per_second": pairs / (result["reference_seconds"] + result["training_seconds"]),
-                "training_pairs_per_second": pairs / result["training_seconds"],
-                "peak_memory_gib": result["peak_memory_gib"],
-                "loaded_memory_gib": result["loaded_memory_gib"],
-                "first_loss": result["losses"][0],
-                "last_loss": result["losses"][-1],
-            }
-            rows.append(row)
-            print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-            write_rows(arguments.output, rows)
-    print_table(rows)
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Medians over rounds, with the 20th and 80th percentile, and ratios to TRL's fastest and leanest where it ran."""
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """Medians of the rounds after warm-up; then speed and memory of each of ours beside each of TRL's."""
+    first = rows[0]
     names = dict.fromkeys(row["provider"] for row in rows)
-    by_provider = {name: [row for row in rows if row["provider"] == name] for name in names}
-    peers = [name for name in names if name.startswith("trl")]
-
-    def middle(name: str, column: str) -> float:
-        return median(row[column] for row in by_provider[name])
-
-    fastest = max(peers, key=lambda name: middle(name, "pairs_per_second"), default=None)
-    leanest = min(peers, key=lambda name: middle(name, "peak_memory_gib"), default=None)
-    columns = (
-        "pairs/s",
-        "p20",
-        "p80",
-        "training",
-        "peak GiB",
-        "loaded GiB",
-        "x speed",
-        "x training",
-        "of memory",
-        "of least",
-    )
-    print(f"\n{'provider':<18}" + "".join(f"{column:>12}" for column in columns))
-    for name, own in by_provider.items():
+    by_name = {name: [row for row in rows if row["provider"] == name and row["round"]] for name in names}
+    what = f"LoRA of rank {first['lora_rank']}" if first["lora_rank"] else "all weights"
+    title = f"steps of {first['pairs_per_step']} pairs, {what}, {first['dtype']}"
+    headings = ("pairs/s", "p20", "p80", "training alone", "reference alone", "peak, GiB", "above loaded", "loss")
+    table = Table("provider", title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name, own in by_name.items():
         speeds = [row["pairs_per_second"] for row in own]
-        memory = middle(name, "peak_memory_gib")
-        figures = [median(speeds), quantile(speeds, 0.2), quantile(speeds, 0.8)]
-        figures += [middle(name, "training_pairs_per_second"), memory, middle(name, "loaded_memory_gib")]
-        if fastest is not None and leanest is not None:
-            # Round by round, so that a drift of the machine's speed cancels.
-            for column in ("pairs_per_second", "training_pairs_per_second"):
-                pairs = zip(own, by_provider[fastest], strict=True)
-                figures.append(median(ours[column] / theirs[column] for ours, theirs in pairs))
-            figures += [memory / middle(peer, "peak_memory_gib") for peer in (fastest, leanest)]
-        print(f"{name:<18}" + "".join(f"{figure:>12.3f}" for figure in figures))
-    if fastest is not None:
-        print(f"\nspeed and memory over those of {fastest}, TRL's fastest; of least: of {leanest}, its leanest")
+        extra = own[0]["extra_bytes"]
+        figures = (
+            *(median(speeds), quantile(speeds, 0.2), quantile(speeds, 0.8)),
+            median(row["training_pairs_per_second"] for row in own),
+            median(row["pairs_per_step"] / row["reference_seconds"] for row in own),
+            own[0]["peak_bytes"] / GIB,
+        )
+        loss = sum(row["loss"] for row in own) / len(own)
+        table.add_row(
+            name,
+            *(f"{figure:.2f}" for figure in figures),
+            "-" if extra is None else f"{extra / GIB:.2f}",
+            f"{loss:.4f}",
+        )
+    console = Console(width=120)
+    console.print(table)
+    for base in (name for name in names if name.startswith("trl")):
+        table = Table("provider", title=f"beside {base}", title_justify="left")
+        for heading in ("x pairs/s", "p20", "p80", "x training alone", "of its peak", "of its peak above loaded"):
+            table.add_column(heading, justify="right")
+        for name in names:
+            if name != base:
+                table.add_row(name, *(f"{figure:.2f}" for figure in beside(by_name[name], by_name[base]).values()))
+        console.print(table)
+
+
+def beside(own: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, float]:
+    """Ratios of one provider to another, round by round, so that a drift of the machine's speed cancels."""
+
+    def gains(column: str) -> list[float]:
+        return [mine[column] / other[column] for mine, other in zip(own, base, strict=True)]
+
+    speed = gains("pairs_per_second")
+    ratios = {
+        "speed": median(speed),
+        "speed_20": quantile(speed, 0.2),
+        "speed_80": quantile(speed, 0.8),
+        "training_speed": median(gains("training_pairs_per_second")),
+        "memory": gains("peak_bytes")[0],
+    }
+    if own[0]["extra_bytes"] and base[0]["extra_bytes"]:
+        ratios["extra_memory"] = gains("extra_bytes")[0]
+    return ratios

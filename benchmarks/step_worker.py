@@ -1,4 +1,8 @@
-"""One run of the `step` suite in its own process: settings as JSON on stdin, one JSON line of results on stdout."""
+"""A process of the `step` suite: one trainer. Reads a JSON object a line, answers each with one.
+
+First the settings, answered when model and data are loaded. Every further line lets the trainer go on to the end of its
+next turn: first the reference log-probs of the pairs of each optimiser step, then the steps themselves.
+"""
 
 from __future__ import annotations
 
@@ -6,153 +10,209 @@ import json
 import os
 import resource
 import sys
-import tempfile
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from benchmarks.measure import PeakMemory
 from stepdpo_kernels.data import load_step_pairs
 from stepdpo_kernels.packing import epoch_order
 from stepdpo_kernels.trainer import StepDPOConfig, StepDPOTrainer, load_model, load_tokenizer
 from stepdpo_kernels.types import StepPair
 
-SEED = 0
-MAX_LENGTH = 1024  # tokens of prefix and step; longer pairs are left out for all providers
+
+def process_peak() -> int:
+    """Bytes: PyTorch's allocator on CUDA, else the resident set of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Timer(TrainerCallback):
-    """Seconds of training, from its first batch on."""
+class Turns(TrainerCallback):
+    """Stops a trainer at the end of each turn, answers, and waits until it is told to go on."""
 
-    seconds = 0.0
+    def __init__(self, answers: TextIO, pairs_per_step: int) -> None:
+        self.answers, self.pairs_per_step = answers, pairs_per_step
+        self.memory: PeakMemory | None = None
+        self.load_peak = 0
+        self.pairs = 0  # of this turn, in the reference pass
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._began = time.perf_counter()
+    def loaded(self) -> None:
+        self.load_peak = process_peak()
+        self.memory = PeakMemory("cuda" if torch.cuda.is_available() else "cpu")
+        self._answer({})
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.seconds = time.perf_counter() - self._began
+    def end(self, **facts: float) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self._began
+        assert self.memory
+        self._answer(
+            {
+                "seconds": seconds,
+                "processor_seconds": time.process_time() - self._began_processor,
+                "peak_bytes": max(self.load_peak, process_peak()),
+                "extra_bytes": self.memory.extra_bytes(),
+                **facts,
+            }
+        )
+
+    def count(self, logps: torch.Tensor) -> None:
+        """Reference log-probs of (chosen, rejected), each of so many pairs, are there."""
+        self.pairs += logps.shape[-1]
+        if self.pairs >= self.pairs_per_step:
+            self.pairs = 0
+            self.end()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:  # the last thing of a step
+            self.end(loss=logs["loss"], logps_chosen=logs["logps/chosen"], logps_rejected=logs["logps/rejected"])
+
+    def _answer(self, facts: dict[str, Any]) -> None:
+        print(json.dumps({"status": "ok", **facts}), file=self.answers, flush=True)
+        if not sys.stdin.readline():
+            raise SystemExit
+        self._began, self._began_processor = time.perf_counter(), time.process_time()
 
 
-def drawn(settings: dict[str, Any]) -> list[StepPair]:
-    """The pairs of the first steps of an epoch over all data, in the order in which they are drawn."""
-    pairs = load_step_pairs(settings["data"], load_tokenizer(settings["model"]), max_length=MAX_LENGTH)
-    order = epoch_order(pairs, SEED, settings["sampling"], pairs_per_step=settings["pairs_per_step"])
-    wanted = settings["pairs_per_step"] * settings["steps"]
-    if len(pairs) < wanted:
-        raise SystemExit(f"{settings['data']} has {len(pairs)} pairs, not {wanted}")
-    return [pairs[i] for i in order[:wanted]]
+def drawn(settings: dict[str, Any], tokenizer: Any) -> list[StepPair]:
+    """The pairs of the first optimiser steps of an epoch over all pairs, in its order."""
+    per_step, count = settings["pairs_per_step"], settings["pairs_per_step"] * settings["steps"]
+    everything = load_step_pairs(settings["data"], tokenizer)
+    if len(everything) < count:
+        raise SystemExit(f"{settings['data']} has {len(everything)} pairs, not {count}")
+    order = epoch_order(everything, settings["seed"], settings["sampling"], pairs_per_step=per_step)[:count]
+    return [everything[i] for i in order]
+
+
+def common(settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of both trainers."""
+    return {
+        "output_dir": f"{settings['folder']}/run",
+        "learning_rate": 5e-7,
+        "lr_scheduler_type": "constant",
+        "beta": 0.4,
+        "bf16": True,
+        "use_cpu": not torch.accelerator.is_available(),
+        "optim": "adamw_torch_fused",
+        "gradient_checkpointing": settings["checkpointing"],
+        "max_steps": settings["steps"],
+        "train_sampling_strategy": "sequential",  # the pairs lie in the order of the epoch
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+        "torch_compile": settings["compiled"],
+    }
 
 
 def adapter(settings: dict[str, Any]) -> Any:
-    if not settings["lora"]:
+    """LoRA on every linear layer but the head, or nothing."""
+    if not settings["lora_rank"]:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    rank = settings["lora_rank"]
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def ours(settings: dict[str, Any], pairs: list[StepPair], folder: str, common: dict[str, Any]) -> tuple[Any, float]:
-    trainer = StepDPOTrainer(
-        load_model(settings["model"], settings["dtype"]),
+def ours(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> StepDPOTrainer:
+    class Ours(StepDPOTrainer):
+        def get_train_dataloader(self) -> DataLoader[Any]:
+            loader = super().get_train_dataloader()
+            return loader if self._references_ready else self.in_turns(loader)  # type: ignore[return-value]
+
+        def in_turns(self, loader: DataLoader[Any]) -> Iterator[Any]:
+            turns.loaded()
+            for step in loader:
+                yield step
+                turns.end()
+
+    trainer = Ours(
+        model,
         StepDPOConfig(
             pairs_per_step=settings["pairs_per_step"],
-            max_tokens_per_batch=settings["max_tokens"],
+            max_tokens_per_batch=settings["at_once"],
             share=settings["share"],
-            gradient_checkpointing=settings["checkpointing"],
-            reference_cache_dir=f"{folder}/cache",
-            **common,
+            reference_cache_dir=f"{settings['folder']}/cache",
+            **common(settings),
         ),
-        train_dataset=pairs,
-        processing_class=load_tokenizer(settings["model"]),
+        train_dataset=drawn(settings, tokenizer),
+        processing_class=tokenizer,
         peft_config=adapter(settings),
+        callbacks=[turns],
     )
-    began = time.perf_counter()
     trainer.prepare_references()
-    return trainer, time.perf_counter() - began
+    return trainer
 
 
-def trl(settings: dict[str, Any], pairs: list[StepPair], folder: str, common: dict[str, Any]) -> tuple[Any, float]:
-    """With its fused head, which it always takes, and on the tokens of the pairs: from texts it would add an EOS."""
+def trl(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> Any:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
+    from trl.trainer import utils
 
-    class OnTokens(DPOTrainer):
-        def _prepare_dataset(self, dataset: Dataset, *args: Any, **options: Any) -> Dataset:
-            return dataset
+    if settings["compact"]:
+        utils._use_triton = lambda _: True  # asked there only whether rows without a loss are left out
 
-    rows = [
-        {
-            "prompt_ids": pair.prefix_ids.tolist(),
-            "chosen_ids": pair.chosen_ids.tolist(),
-            "rejected_ids": pair.rejected_ids.tolist(),
-        }
-        for pair in pairs
-    ]
-    model = load_model(settings["model"], settings["dtype"])
-    began = time.perf_counter()  # it computes reference log-probs when it is made
-    trainer = OnTokens(
+    class Trl(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # tokens are there, and no EOS is to be added
+
+        def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+            if turns.memory is None:
+                turns.loaded()
+            logps = super().compute_ref_log_probs(model, inputs)
+            turns.count(logps[0])
+            return logps
+
+    pairs, per_step = drawn(settings, tokenizer), settings["pairs_per_step"]
+    if settings["sorted"]:  # within each step, so that micro-batches pad little; the sum over the step is the same
+        steps = [pairs[i : i + per_step] for i in range(0, len(pairs), per_step)]
+        pairs = [pair for step in steps for pair in sorted(step, key=length)]
+    return Trl(
         model,
         args=DPOConfig(
-            per_device_train_batch_size=settings["together"],
-            gradient_accumulation_steps=settings["pairs_per_step"] // settings["together"],
-            gradient_checkpointing=settings["checkpointing"],
+            per_device_train_batch_size=settings["at_once"],
+            gradient_accumulation_steps=per_step // settings["at_once"],
             precompute_ref_log_probs=True,
-            max_length=MAX_LENGTH,
-            use_cpu=not torch.accelerator.is_available(),
-            **common,
+            max_length=None,
+            **common(settings),
         ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=load_tokenizer(settings["model"]),
+        train_dataset=Dataset.from_list(
+            [
+                {
+                    "prompt_ids": pair.prefix_ids.tolist(),
+                    "chosen_ids": pair.chosen_ids.tolist(),
+                    "rejected_ids": pair.rejected_ids.tolist(),
+                }
+                for pair in pairs
+            ]
+        ),
+        processing_class=tokenizer,
         peft_config=adapter(settings),
+        callbacks=[turns],
     )
-    return trainer, time.perf_counter() - began
+
+
+def length(pair: StepPair) -> int:
+    return len(pair.prefix_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
 def main() -> None:
-    settings = json.load(sys.stdin)
+    answers, sys.stdout = sys.stdout, sys.stderr  # progress and logs must not mix with the answers
+    settings = json.loads(sys.stdin.readline())
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
-    results, sys.stdout = sys.stdout, sys.stderr  # progress and logs must not mix with the result
-    pairs = drawn(settings)
-    timer = Timer()
-    with tempfile.TemporaryDirectory() as folder:
-        common = {
-            "output_dir": f"{folder}/run",
-            "learning_rate": 1e-4 if settings["lora"] else 5e-7,
-            "lr_scheduler_type": "constant",
-            "beta": 0.4,
-            "bf16": True,
-            "optim": "adamw_torch_fused",
-            "train_sampling_strategy": "sequential",
-            "max_steps": settings["steps"],
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "seed": SEED,
-        }
-        load_model(settings["model"], settings["dtype"])  # what reading the file takes at most is not training's
-        loaded = _peak_gib()
-        trainer, reference_seconds = {"ours": ours, "trl": trl}[settings["trainer"]](settings, pairs, folder, common)
-        trainer.add_callback(timer)
-        trainer.train()
-    result = {
-        "pairs": len(pairs),
-        "tokens_unshared": sum(2 * p.prefix_ids.size + p.chosen_ids.size + p.rejected_ids.size for p in pairs),
-        "reference_seconds": reference_seconds,
-        "training_seconds": timer.seconds,
-        "peak_memory_gib": _peak_gib(),
-        "loaded_memory_gib": loaded,
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-    }
-    print(json.dumps(result), file=results)
-
-
-def _peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    model = load_model(settings["model"], settings["dtype"])
+    turns = Turns(answers, settings["pairs_per_step"])
+    {"ours": ours, "trl": trl}[settings["trainer"]](settings, model, load_tokenizer(settings["model"]), turns).train()
 
 
 if __name__ == "__main__":
