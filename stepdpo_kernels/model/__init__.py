@@ -2,6 +2,7 @@
 
 from stepdpo_kernels.model.forward import disable_packed_forward, enable_packed_forward, packed_forward
 from stepdpo_kernels.model.head import head_options
+from stepdpo_kernels.model.padded import PaddedLogps, padded_logps
 from stepdpo_kernels.model.support import (
     SUPPORTED_MODEL_TYPES,
     causal_lm,
@@ -14,6 +15,7 @@ from stepdpo_kernels.model.verify import verify_first_batch
 
 __all__ = [
     "SUPPORTED_MODEL_TYPES",
+    "PaddedLogps",
     "causal_lm",
     "check_supported",
     "disable_packed_forward",
@@ -22,6 +24,7 @@ __all__ = [
     "is_tested",
     "max_path",
     "packed_forward",
+    "padded_logps",
     "verify_first_batch",
     "why_not",
 ]

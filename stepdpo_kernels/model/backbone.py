@@ -13,7 +13,12 @@ from stepdpo_kernels.types import PackedBatch, StepDPOError
 
 
 def backbone(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """(T, D): hidden states of a packed forest, before the language-model head.
+    """(T, D): hidden states of a packed forest, before the language-model head. Raises as `backbone_outputs`."""
+    return backbone_outputs(lm, batch).last_hidden_state[0]
+
+
+def backbone_outputs(lm: PreTrainedModel, batch: PackedBatch, **kwargs: Any) -> Any:
+    """What the layers give for a packed forest, a batch of one, called with further `kwargs`.
 
     Raises StepDPOError for a branch that is too long for the model's rotary embedding, and where a layer did without
     the plan or attended with another window than the model's configuration says.
@@ -26,15 +31,16 @@ def backbone(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
         )
     use_tree_attention(lm)
     plan = SignedPlan(batch.plan)
-    hidden = lm.base_model(
+    outputs = lm.base_model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         attention_mask=no_mask(batch.input_ids.device),
         use_cache=False,
         stepdpo_plan=plan,
-    ).last_hidden_state[0]
+        **kwargs,
+    )
     _check_signatures(lm, plan)
-    return hidden
+    return outputs
 
 
 def _check_signatures(lm: PreTrainedModel, plan: SignedPlan) -> None:

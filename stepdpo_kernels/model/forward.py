@@ -42,7 +42,7 @@ def packed_forward(model: Any, batch: PackedBatch) -> Tensor:
     """
     check_supported(model)
     lm = causal_lm(model)
-    _verify_once(lm, batch, not is_tested(lm))
+    verify_once(lm, batch)
     return backbone(lm, batch)
 
 
@@ -88,14 +88,15 @@ def _packed_or_plain(model_class: type[PreTrainedModel]) -> Callable[..., Any]:
             return self._forward_without_packing(*args, **kwargs)
         if head is None:
             raise ValueError("packed_batch needs head=, a function of (hidden, output_embedding)")
-        _verify_once(self, packed_batch, False)
-        return _in_its_forward(self.get_output_embeddings(), head, backbone(self, packed_batch))
+        verify_once(self, packed_batch)
+        return run_head(self, head, backbone(self, packed_batch))
 
     return forward
 
 
-def _in_its_forward(lm_head: Any, head: Head, hidden: Tensor) -> Any:
+def run_head(lm: Any, head: Head, hidden: Tensor) -> Any:
     """head(hidden, lm_head) as the forward of lm_head, around which FSDP2 and ZeRO-3 gather its sharded weight."""
+    lm_head = lm.get_output_embeddings()
     own = vars(lm_head).get("forward")
     lm_head.forward = lambda hidden: head(hidden, lm_head)
     try:
@@ -106,6 +107,9 @@ def _in_its_forward(lm_head: Any, head: Head, hidden: Tensor) -> Any:
             lm_head.forward = own
 
 
-def _verify_once(lm: Any, batch: PackedBatch, wanted: bool) -> None:
-    if getattr(lm, "_verify_packing", wanted):
+def verify_once(lm: Any, batch: PackedBatch) -> None:
+    """Compares the first batch of a model with the model itself, where that was asked for or it is not tested."""
+    if getattr(lm, "_verify_packing", None) is None:
+        lm._verify_packing = not is_tested(lm)
+    if lm._verify_packing:
         lm._verify_packing = not verify_first_batch(lm, batch)

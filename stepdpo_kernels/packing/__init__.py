@@ -12,12 +12,15 @@ from stepdpo_kernels.packing.pack import (
     size_of_pair,
     tokens_of_pair,
 )
+from stepdpo_kernels.packing.padded import PaddedForest, pack_padded
 
 __all__ = [
     "SAMPLING_MODES",
     "SHARE_MODES",
+    "PaddedForest",
     "build_batch",
     "epoch_order",
+    "pack_padded",
     "pack_pairs",
     "padded_tokens",
     "plan_bins",

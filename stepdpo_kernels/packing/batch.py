@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from stepdpo_kernels.packing.trie import Forest, Ints, Sequences, build_forest, spans
-from stepdpo_kernels.types import PackedBatch, Ragged, StepPair, TreePlan
+from stepdpo_kernels.types import PackedBatch, Ragged, StepPair, TokenIds, TreePlan
 
 SHARE_MODES = ("tree", "pair", "none")
 
@@ -49,9 +49,8 @@ def build_batch(
     lengths = np.array([step.size for step in steps], np.int64)
     prefixes = np.array([pair.prefix_ids.size for pair in mine for _ in range(2)], np.int64)
 
-    # One loss row for each distinct (position, target) edge, sorted by position.
     sources = forest.paths[spans(forest.cu_k[forest.homes] + prefixes - 1, lengths)]
-    edges, row_of_token = np.unique(sources << 32 | tokens, return_inverse=True)
+    edges, row_of_token = loss_rows(sources, tokens)
     # One branch for each distinct (first row, last row), which a path lies between: a step that several pairs of a trie
     # share is summed once. An empty step is the branch (-1, -1).
     cuts = np.append(0, np.cumsum(lengths))
@@ -64,35 +63,43 @@ def build_batch(
     branch_rows = row_of_token[spans(cuts[first_step], lengths[first_step])]
 
     return PackedBatch(
-        input_ids=_int64(forest.tokens),
-        position_ids=_int64(forest.depths),
-        plan=_plan(forest),
-        rows=_sorted_columns(edges >> 32, forest.tokens.size),
-        targets=_int64(edges & 0xFFFFFFFF),
+        input_ids=int64(forest.tokens),
+        position_ids=int64(forest.depths),
+        plan=tree_plan(forest),
+        rows=one_column(edges >> 32, forest.tokens.size),
+        targets=int64(edges & 0xFFFFFFFF),
         branches=Ragged.from_rows(branch_rows, lengths[first_step], edges.size),
-        chosen=_int64(np.array(of_step[0::2])),
-        rejected=_int64(np.array(of_step[1::2])),
+        chosen=int64(np.array(of_step[0::2])),
+        rejected=int64(np.array(of_step[1::2])),
         weights=torch.tensor([pair.weight for pair in mine], dtype=torch.float32),
-        pair_index=_int64(np.array(indices)),
+        pair_index=int64(np.array(indices)),
         pair_ids=tuple(pair.id for pair in mine),
         tokens_unshared=int(prefixes.sum() + lengths.sum()),
     )
 
 
-def _sorted_columns(index: Ints, columns: int) -> Ragged:
-    """A Ragged of one column a row, in ascending order: its transpose has the rows in order, too."""
-    rows = torch.arange(index.size)
-    return Ragged(_int64(index), torch.ones_like(rows), rows, _int64(np.bincount(index, minlength=columns)))
+def loss_rows(sources: Ints, tokens: TokenIds) -> tuple[Ints, Ints]:
+    """(edges, row of each token): one loss row for each distinct (position that predicts, token), sorted by position.
+
+    An edge holds its position in the upper 32 bits and its token in the lower.
+    """
+    return np.unique(sources << 32 | tokens, return_inverse=True)
 
 
-def _plan(forest: Forest) -> TreePlan:
+def one_column(index: Ints, columns: int) -> Ragged:
+    """A Ragged of one column a row."""
+    return Ragged.from_rows(index, np.ones(index.size, np.int64), columns)
+
+
+def tree_plan(forest: Forest) -> TreePlan:
+    """Who attends to whom in a forest."""
     index, counts = forest.paths_of_nodes()
     return TreePlan(
         keys=Ragged(
-            index=_int64(forest.paths),
+            index=int64(forest.paths),
             lengths=torch.ones(forest.paths.size, dtype=torch.int64),
-            t_index=_int64(index),
-            t_lengths=_int64(counts),
+            t_index=int64(index),
+            t_lengths=int64(counts),
         ),
         cu_q=torch.from_numpy(forest.cu_q.astype(np.int32)),
         cu_k=torch.from_numpy(forest.cu_k.astype(np.int32)),
@@ -101,5 +108,6 @@ def _plan(forest: Forest) -> TreePlan:
     )
 
 
-def _int64(array: np.ndarray) -> torch.Tensor:
+def int64(array: np.ndarray) -> torch.Tensor:
+    """An array of integers as a tensor, without a copy where they are int64 already."""
     return torch.from_numpy(array.astype(np.int64, copy=False))
