@@ -4,6 +4,7 @@
 #     make test    the tests that take seconds
 #     make slow    the tests that take minutes
 #     make kernels  every Triton kernel compiled for every GPU, and interpreted; TRITON=3.6.0 asks for that version
+#     make trl     the integration into TRL, with every version of it that is supported
 #     make lint    style, types, layers
 #     make bench   the benchmarks
 #     make gpu     the tests that need a GPU, then the benchmarks
@@ -12,7 +13,7 @@
 # On a machine that has torch, pytest and the rest, make PY=python test uses those and installs nothing.
 
 .DELETE_ON_ERROR:
-.PHONY: demo test slow kernels lint bench gpu clean env
+.PHONY: demo test slow kernels trl lint bench gpu clean env
 
 PYTHON ?= python3
 # Alone and first: asking for "torch" together with the rest would let pip choose another one.
@@ -38,6 +39,14 @@ kernels: $(ENV)
 	$(KERNELS_PATH) $(PY) -m tests.compiled_kernels
 	$(KERNELS_PATH) TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_triton_head.py tests/ops/test_triton_attention.py \
 		tests/ops/test_pair_loss.py tests/ops/test_ragged.py
+
+# Each version beside the environment, not into it.
+TRL ?= 1.9.0 1.9.2 1.10.0 1.11.0 1.12.0 1.13.0 1.14.0 1.14.2 1.15.0 1.16.0
+trl: $(ENV)
+	for version in $(TRL); do \
+		$(PIP) install --quiet --upgrade --no-deps --target .cache/trl-$$version trl==$$version && \
+		PYTHONPATH=.cache/trl-$$version $(PY) -m pytest tests/integrations/test_trl.py || exit 1; \
+	done
 
 lint: $(ENV)
 	$(PY) -m ruff check
