@@ -161,13 +161,13 @@ def trl(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> A
     if settings["compact"]:
         utils._use_triton = lambda _: True  # asked there only whether rows without a loss are left out
 
-    trainer_class = DPOTrainer
+    trainer_class: Any = DPOTrainer
     if settings["packed"]:
         from stepdpo_kernels.integrations.trl import StepDPOTRLTrainer
 
         trainer_class = StepDPOTRLTrainer
 
-    class Trl(trainer_class):  # type: ignore[valid-type]
+    class Trl(trainer_class):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset  # tokens are there, and no EOS is to be added
 

@@ -166,12 +166,13 @@ class FusedLinearStepDPOLoss(nn.Module):
                 ref_logps = self.log_probs.logps(ref_input, ref_weight, labels, bias=ref_bias) / divisor
             ratios = logps - ref_logps
         rewards = self.beta * ratios
-        losses = _LOSSES[self.loss_type](*rewards.chunk(2), self.beta, self.label_smoothing, self.discopop_tau)
+        chosen, rejected = rewards.chunk(2)
+        losses = _LOSSES[self.loss_type](chosen, rejected, self.beta, self.label_smoothing, self.discopop_tau)
         loss, nll = losses.sum() / pairs, torch.zeros_like(losses.sum())
         if self.compute_nll_loss:
             nll = -sums[:pairs].sum() / lengths[:pairs].sum()
             loss = loss + self.alpha * nll
-        metrics = (*logps.chunk(2), *_logit_means(_input, lin_weight, bias), nll, *rewards.chunk(2))
+        metrics = (*logps.chunk(2), *_logit_means(_input, lin_weight, bias), nll, chosen, rejected)
         return loss, _Metrics(*(x.detach() for x in metrics))
 
 
