@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -12,6 +13,14 @@ from torch import nn
 from stepdpo_kernels.model import causal_lm, check_supported, padded_logps
 from stepdpo_kernels.packing import PaddedForest
 from stepdpo_kernels.types import StepDPOError
+
+
+class Accelerated(ExitStack):
+    """What was done to a trainer; `remove()`, or leaving it as a context, undoes it."""
+
+    def remove(self) -> None:
+        """Restores the trainer and its models."""
+        self.close()
 
 
 def add_forest_forward(model: nn.Module) -> Callable[[], None]:

@@ -14,19 +14,20 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Self
+from typing import Any
 
 import torch
-from llamafactory.train.dpo import trainer as dpo
 from torch import Tensor
 
-from stepdpo_kernels.integrations.forest_forward import add_forest_forward
+from stepdpo_kernels.integrations.forest_forward import Accelerated, add_forest_forward
 from stepdpo_kernels.integrations.versions import require
 from stepdpo_kernels.model import causal_lm
 from stepdpo_kernels.packing import PaddedForest, pack_padded
 from stepdpo_kernels.types import StepDPOError
 
 VERSION = require("llamafactory", "0.9.5", "0.9.6")
+from llamafactory.train.dpo import trainer as dpo  # noqa: E402 (after its version is known)
+
 KEY = "stepdpo_forest"
 FIELDS = {"input_ids", "attention_mask", "labels"}
 AVERAGED = ("ipo", "orpo", "simpo")
@@ -53,44 +54,20 @@ def accelerate_dpo(trainer: dpo.CustomDPOTrainer, *, share: str = "tree") -> Acc
         )
     if isinstance(trainer.data_collator, PackedCollator):
         raise StepDPOError("this trainer is accelerated already")
+    if trainer.args.neftune_noise_alpha is not None:
+        raise StepDPOError("neftune_noise_alpha: its noise is scaled by the padded length of a text: leave it out")
     ignored = getattr(trainer.data_collator, "label_pad_token_id", -100)
     if ignored != -100:
-        raise StepDPOError(f"padding is labelled {ignored} and would be trained on: set ignore_pad_token_for_loss: true")
-    return Accelerated(trainer, share)
-
-
-class Accelerated:
-    """What `accelerate_dpo` did to a trainer; `remove()`, or leaving it as a context, undoes it."""
-
-    def __init__(self, trainer: dpo.CustomDPOTrainer, share: str) -> None:
-        self.trainer, self._collator = trainer, trainer.data_collator
-        models = {id(causal_lm(m)): m for m in (trainer.model, trainer.ref_model) if m is not None}
-        self._undo: list[Callable[[], None]] = []
-        try:
-            for model in models.values():
-                self._undo.append(add_forest_forward(model))
-        except StepDPOError:
-            self._restore_models()
-            raise
-        trainer.data_collator = PackedCollator(self._collator, share)
+        raise StepDPOError(f"padding has the label {ignored}, not -100: set ignore_pad_token_for_loss: true")
+    with Accelerated() as undo:
+        models = {id(causal_lm(model)): model for model in (trainer.model, trainer.ref_model) if model is not None}
+        for model in models.values():
+            undo.callback(add_forest_forward(model))
+        undo.callback(setattr, trainer, "data_collator", trainer.data_collator)
+        trainer.data_collator = PackedCollator(trainer.data_collator, share)
+        undo.callback(delattr, trainer, "concatenated_forward")
         trainer.concatenated_forward = MethodType(_concatenated_forward, trainer)
-
-    def remove(self) -> None:
-        """Restores the trainer and its models."""
-        if self._undo:
-            self.trainer.data_collator = self._collator
-            del self.trainer.concatenated_forward
-            self._restore_models()
-
-    def _restore_models(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
+        return undo.pop_all()
 
 
 @dataclass
