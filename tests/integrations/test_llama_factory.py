@@ -167,8 +167,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_reference_model_of_its_own(run: Run, folder: Path, tiny_model) -> None:
-    torch.manual_seed(1)
-    tiny_model("qwen2").save_pretrained(run.output / "reference")
+    reference = tiny_model("qwen2")
+    for parameter in reference.parameters():
+        parameter.data *= 1.1
+    reference.save_pretrained(run.output / "reference")
     plain, packed = (run(accelerated, ref_model=str(run.output / "reference"))[0] for accelerated in (False, True))
     losses = [[entry["loss"] for entry in log if "loss" in entry] for log in (plain, packed)]
     assert abs(losses[0][0] - 0.6931) > 1e-3
@@ -216,7 +218,8 @@ def test_end_of_a_response(folder: Path, make_trainer, monkeypatch, tiny_tokeniz
 
     def ends(**options: Any) -> set[str]:
         data = make_trainer(**options).train_dataset
-        return {tokenizer.decode(row[f"{name}_labels"])[-11:] for row in data for name in ("chosen", "rejected")}
+        labels = [row[f"{name}_labels"] for row in data for name in ("chosen", "rejected")]
+        return {tokenizer.decode([token for token in step if token != -100])[-11:] for step in labels}
 
     assert ends() == {"<|im_end|>\n"}
     assert {text[-1] for text in ends(template="empty")} == {"."}
