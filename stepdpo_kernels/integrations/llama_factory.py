@@ -148,7 +148,7 @@ def main() -> None:
     if stage != "dpo":
         sys.exit(f"stage: {stage} is not accelerated, only dpo is: take llamafactory-cli")
 
-    class CustomDPOTrainer(dpo.CustomDPOTrainer):  # type: ignore[misc, name-defined]
+    class CustomDPOTrainer(dpo.CustomDPOTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             accelerate_dpo(self)

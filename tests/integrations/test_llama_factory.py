@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llamafactory.train.tuner import run_exp
 from safetensors.torch import load_file
 
 from stepdpo_kernels.integrations import forest_forward, llama_factory
+from stepdpo_kernels.model import padded_logps
 from stepdpo_kernels.types import StepDPOError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +99,7 @@ def run(folder, tmp_path, monkeypatch) -> Run:
 def passes(monkeypatch) -> list[Any]:
     """Grows by the forest of every pass over one."""
     seen: list[Any] = []
-    compute = forest_forward.padded_logps
+    compute = padded_logps
 
     def watched(model, forest, **options):
         seen.append(forest)
@@ -112,16 +114,17 @@ def make_trainer(run, monkeypatch):
     """make_trainer(**options): the trainer that LLaMA-Factory would train, before it does."""
 
     def make(**options: Any) -> Any:
-        class Made(Exception):
+        class StopError(Exception):
             pass
 
         def stop(self, *args, **kwargs):
-            raise Made(self)
+            raise StopError(self)
 
-        with monkeypatch.context() as patch, pytest.raises(Made) as made:
+        with monkeypatch.context() as patch:
             patch.setattr(dpo.CustomDPOTrainer, "train", stop)
-            run_exp(run.arguments(**options))
-        return made.value.args[0]
+            with pytest.raises(StopError) as stopped:
+                run_exp(run.arguments(**options))
+        return stopped.value.args[0]
 
     return make
 
@@ -235,7 +238,7 @@ def test_end_of_a_response(folder: Path, make_trainer, monkeypatch, tiny_tokeniz
     assert all("<|im_start|>assistant\nLet's think step by step.\nStep 1:" in text for text in texts)
     problems = [text.partition("How many")[0] for text in texts]
     assert len({*problems}) == 3
-    assert sum(a != b for a, b in zip(problems, problems[1:], strict=False)) == 2  # each problem's pairs together
+    assert sum(a != b for a, b in pairwise(problems)) == 2  # each problem's pairs together
 
 
 @pytest.mark.parametrize(
@@ -256,7 +259,7 @@ def test_trainers_and_models_that_are_refused(make_trainer) -> None:
         llama_factory.accelerate_dpo(object())
     trainer = make_trainer()
     trainer.ref_model.config.attention_dropout = 0.1
-    with pytest.raises(StepDPOError, match="attention_dropout is 0.1"):
+    with pytest.raises(StepDPOError, match="attention_dropout is 0\\.1"):
         llama_factory.accelerate_dpo(trainer)
     assert "forward" not in vars(trainer.model)  # what was done before is undone
     trainer.ref_model.config.attention_dropout = 0.0
