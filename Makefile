@@ -5,6 +5,7 @@
 #     make slow    the tests that take minutes
 #     make kernels  every Triton kernel compiled for every GPU, and interpreted; TRITON=3.6.0 asks for that version
 #     make llama-factory  LLaMA-Factory's own training on packed forests, with the versions that it wants
+#     make openrlhf  OpenRLHF's DPO command on packed forests, on the CPU and without DeepSpeed
 #     make lint    style, types, layers
 #     make bench   the benchmarks
 #     make gpu     the tests that need a GPU, then the benchmarks
@@ -13,7 +14,7 @@
 # On a machine that has torch, pytest and the rest, make PY=python test uses those and installs nothing.
 
 .DELETE_ON_ERROR:
-.PHONY: demo test slow kernels llama-factory lint bench gpu clean env
+.PHONY: demo test slow kernels llama-factory openrlhf lint bench gpu clean env
 
 PYTHON ?= python3
 # Alone and first: asking for "torch" together with the rest would let pip choose another one.
@@ -40,16 +41,19 @@ kernels: $(ENV)
 	$(KERNELS_PATH) TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_triton_head.py tests/ops/test_triton_attention.py \
 		tests/ops/test_pair_loss.py tests/ops/test_ragged.py
 
-# Beside the environment, not into it, and first on the path.
-LLAMA_FACTORY := .cache/llama-factory
-llama-factory: $(ENV) $(LLAMA_FACTORY)/.installed
-	PYTHONPATH=$(LLAMA_FACTORY) $(PY) -m pytest tests/integrations/test_llama_factory.py
+# Versions of their own, beside the environment and first on the path.
+llama-factory: $(ENV) .cache/llama-factory/.installed
+	PYTHONPATH=.cache/llama-factory $(PY) -m pytest tests/integrations/test_llama_factory.py
 
-# LLaMA-Factory imports torchaudio even for text, whose compiled part is made for CUDA and not asked for without it.
-$(LLAMA_FACTORY)/.installed: tests/integrations/llama-factory.txt | $(ENV)
-	rm -rf $(LLAMA_FACTORY)
-	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(LLAMA_FACTORY) -r $<
-	rm $(LLAMA_FACTORY)/torchaudio/lib/*.so
+openrlhf: $(ENV) .cache/openrlhf/.installed
+	PYTHONPATH=.cache/openrlhf $(PY) -m pytest tests/integrations/test_openrlhf.py
+
+# OpenRLHF brings its tests along. LLaMA-Factory imports torchaudio even for text: its compiled part is made for CUDA,
+# and not asked for where it is absent.
+.cache/%/.installed: tests/integrations/%.txt | $(ENV)
+	rm -rf $(@D)
+	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(@D) -r $<
+	rm -rf $(@D)/tests $(@D)/torchaudio/lib/*.so
 	touch $@
 
 lint: $(ENV)

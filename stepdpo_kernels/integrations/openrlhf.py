@@ -95,8 +95,8 @@ class _ConcatenatedForward:
         """(P,) sums of the chosen and of the rejected log-probs, no auxiliary loss, mean NLL of the chosen."""
         batch = (chosen_ids, c_mask, reject_ids, r_mask)
         if self.packed is None or any(old is not new for old, new in zip(self.packed[0], batch, strict=True)):
-            padded = trainer.concatenated_inputs(*batch, prompt_id_lens)
-            self.packed = batch, self.pack(*padded, trainer.tokenizer).to(chosen_ids.device)
+            ids, mask, prompts = trainer.concatenated_inputs(*batch, prompt_id_lens)
+            self.packed = batch, self.pack(ids, mask, prompts, trainer.tokenizer).to(chosen_ids.device)
         forest = self.packed[1]
         logps = model.model(stepdpo_forest=forest).logps.sum(-1)
         means = logps / forest.mask.sum(-1)

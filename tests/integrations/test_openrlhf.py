@@ -1,7 +1,7 @@
 """OpenRLHF's DPO command on the CPU, with and without packed forests. `make openrlhf` makes an environment for it.
 
-Its command line, data set, Actor, trainer and loss are the real ones. DeepSpeed and flash-attn, which its modules import
-and which want a GPU, are empty modules here, and the strategy, which is DeepSpeed's, is the one of `OneProcess`.
+Its command line, data set, Actor, trainer and loss are the real ones. DeepSpeed and flash-attn, which its modules
+import and which want a GPU, are empty modules here, and the strategy, which is DeepSpeed's, is `OneProcess`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class OneProcess:
     accumulated_gradient = 1
 
     def __init__(self, args: Any) -> None:
-        self.args, self.logs = args, []
+        self.args = args
+        self.logs: list[dict[str, float]] = []
         self.optimizer: Any = None
 
     def setup_distributed(self) -> None:
@@ -104,13 +105,12 @@ class OneProcess:
 
 
 Command = Callable[..., OneProcess]
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples/openrlhf"
 
 
 @pytest.fixture
 def command(openrlhf, tmp_path, monkeypatch, tiny_model, tiny_tokenizer, step_records) -> Command:
     """command(*options, packed=...): runs the command on a tiny model, and returns the strategy that it used."""
-    import openrlhf.utils
-
     tokenizer = tiny_tokenizer("qwen2")
     tiny_model("qwen2").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -128,7 +128,7 @@ def command(openrlhf, tmp_path, monkeypatch, tiny_model, tiny_tokenizer, step_re
         used.append(OneProcess(args))
         return used[-1]
 
-    monkeypatch.setattr(sys.modules["openrlhf.utils"], "get_strategy", get_strategy)
+    monkeypatch.setattr("openrlhf.utils.get_strategy", get_strategy)
     common = {
         "--model.model_name_or_path": str(tmp_path / "model"),
         "--data.dataset": str(tmp_path / "pairs.jsonl"),
@@ -147,12 +147,11 @@ def command(openrlhf, tmp_path, monkeypatch, tiny_model, tiny_tokenizer, step_re
         arguments = [word for pair in common.items() for word in pair]
         monkeypatch.setattr(sys, "argv", ["train_dpo", *arguments, *options])
         if packed:
-            openrlhf_adapter.main()
+            openrlhf.main()
         else:
             runpy.run_module("openrlhf.cli.train_dpo", run_name="__main__")
         return used[-1]
 
-    openrlhf_adapter = sys.modules["stepdpo_kernels.integrations.openrlhf"]
     return run
 
 
@@ -177,7 +176,7 @@ def forests(openrlhf, monkeypatch) -> list[Any]:
         (),
         ("--model.nll_loss_coef", "0.2"),
         ("--model.ipo_enable",),
-        ("--ds.lora.rank", "4", "--ds.lora.target_modules", "all-linear"),
+        ("--ds.lora.rank", "4"),
         ("--model.gradient_checkpointing_enable",),
     ],
     ids=["sigmoid", "nll", "ipo", "lora", "checkpointing"],
@@ -269,10 +268,27 @@ def test_other_trainers_and_ends_are_refused(openrlhf) -> None:
         openrlhf.accelerate_dpo(object(), end_of_step="no")
 
 
-def test_the_example_runs(command: Command, forests: list[Any]) -> None:
-    """The options of the example's script are those of the command."""
-    script = (Path(__file__).resolve().parents[2] / "examples/openrlhf/step_dpo.sh").read_text()
+def test_the_options_of_the_example_are_known(command: Command, forests: list[Any]) -> None:
+    script = (EXAMPLES / "step_dpo.sh").read_text()
     words = script.partition("integrations.openrlhf")[2].replace("\\\n", " ").split()
-    kept = words[: words.index("--model.model_name_or_path")] + words[words.index("--model.beta") :]
-    command(*kept, packed=True)
+    words.remove("--model.gradient_checkpointing_enable")  # which has no value
+    ours = {"--model.model_name_or_path", "--data.dataset", "--ckpt.output_dir", "--train.batch_size"}
+    options = [word for pair in zip(words[::2], words[1::2], strict=True) if pair[0] not in ours for word in pair]
+    strategy = command(*options, "--model.gradient_checkpointing_enable", packed=True)
+    assert strategy.args.ds.zero_stage == 3
     assert forests
+
+
+def test_the_example_writes_prefixes_and_steps(tmp_path, monkeypatch, tiny_tokenizer, step_records) -> None:
+    tokenizer, records = tiny_tokenizer("qwen2"), step_records(2, 4)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
+    output = tmp_path / "step_pairs.jsonl"
+    script = str(EXAMPLES / "write_pairs.py")
+    arguments = [str(tmp_path / "pairs.jsonl"), "--tokenizer", str(tmp_path), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(script, run_name="__main__")
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    for record, pair in zip(records, written, strict=True):
+        assert pair["prompt"].endswith("<|im_start|>assistant\n" + record["initial_reason_steps"])
+        assert (pair["chosen"], pair["rejected"]) == (record["chosen"], record["rejected"])
