@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import MethodType
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from stepdpo_kernels.integrations.forest_forward import Accelerated, add_forest_forward
 from stepdpo_kernels.integrations.versions import require
-from stepdpo_kernels.model import causal_lm
+from stepdpo_kernels.model import causal_lm, is_tested, verify_once
 from stepdpo_kernels.packing import PaddedForest, pack_padded
 from stepdpo_kernels.types import StepDPOError
 
@@ -30,6 +31,7 @@ from llamafactory.train.dpo import trainer as dpo  # noqa: E402 (after its versi
 
 KEY = "stepdpo_forest"
 FIELDS = {"input_ids", "attention_mask", "labels"}
+EXAMPLES_TO_VERIFY = 3
 AVERAGED = ("ipo", "orpo", "simpo")
 OTHER_TRAINERS = ("USE_MCA", "USE_RAY", "USE_V1")  # each a variable of LLaMA-Factory's that asks for another one
 
@@ -59,12 +61,18 @@ def accelerate_dpo(trainer: dpo.CustomDPOTrainer, *, share: str = "tree") -> Acc
     ignored = getattr(trainer.data_collator, "label_pad_token_id", -100)
     if ignored != -100:
         raise StepDPOError(f"padding has the label {ignored}, not -100: set ignore_pad_token_for_loss: true")
+    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    lms: list[Any] = list(dict.fromkeys(map(causal_lm, models)))  # one, where a model is its own reference
     with Accelerated() as undo:
-        models = {id(causal_lm(model)): model for model in (trainer.model, trainer.ref_model) if model is not None}
-        for model in models.values():
+        for model in models[: len(lms)]:
             undo.callback(add_forest_forward(model))
         undo.callback(setattr, trainer, "data_collator", trainer.data_collator)
         trainer.data_collator = PackedCollator(trainer.data_collator, share)
+        if not is_tested(lms[0]) and trainer.train_dataset is not None:  # compared now, before its weights are sharded
+            batch = trainer.data_collator(list(islice(trainer.train_dataset, EXAMPLES_TO_VERIFY)))[KEY].batch
+            verify_once(lms[0], batch.to(lms[0].device))
+            for lm in lms:
+                lm._verify_packing = lms[0]._verify_packing
         undo.callback(delattr, trainer, "concatenated_forward")
         trainer.concatenated_forward = MethodType(_concatenated_forward, trainer)
         return undo.pop_all()

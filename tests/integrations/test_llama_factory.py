@@ -19,7 +19,7 @@ from llamafactory.train.tuner import run_exp
 from safetensors.torch import load_file
 
 from stepdpo_kernels.integrations import forest_forward, llama_factory
-from stepdpo_kernels.model import padded_logps
+from stepdpo_kernels.model import forward, padded_logps
 from stepdpo_kernels.types import StepDPOError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -270,6 +270,21 @@ def test_trainers_and_models_that_are_refused(make_trainer) -> None:
     llama_factory.accelerate_dpo(trainer)
     with pytest.raises(StepDPOError, match="already"):
         llama_factory.accelerate_dpo(trainer)
+
+
+def test_an_untested_architecture_is_compared_first(make_trainer, monkeypatch) -> None:
+    trainer = make_trainer()
+    compared: list[Any] = []
+    monkeypatch.setattr(forward, "verify_first_batch", lambda lm, batch: compared.append((lm, batch)) or True)
+    monkeypatch.setattr(forward, "is_tested", lambda lm: False)
+    monkeypatch.setattr(llama_factory, "is_tested", lambda lm: False)
+    llama_factory.accelerate_dpo(trainer)
+    ((lm, batch),) = compared
+    assert lm is trainer.model
+    assert batch.num_pairs == 3
+    features = [trainer.train_dataset[i] for i in range(4)]
+    trainer.compute_loss(trainer.model, trainer.data_collator(features))
+    assert len(compared) == 1
 
 
 def test_images_are_refused(make_trainer) -> None:
