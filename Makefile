@@ -5,6 +5,8 @@
 #     make slow    the tests that take minutes
 #     make kernels  every Triton kernel compiled for every GPU, and interpreted; TRITON=3.6.0 asks for that version
 #     make trl     the integration into TRL, with every version of it that is supported
+#     make llama-factory  LLaMA-Factory's own training on packed forests, with the versions that it wants
+#     make openrlhf  OpenRLHF's DPO command on packed forests, on the CPU and without DeepSpeed
 #     make lint    style, types, layers
 #     make bench   the benchmarks
 #     make gpu     the tests that need a GPU, then the benchmarks
@@ -13,7 +15,7 @@
 # On a machine that has torch, pytest and the rest, make PY=python test uses those and installs nothing.
 
 .DELETE_ON_ERROR:
-.PHONY: demo test slow kernels trl lint bench gpu clean env
+.PHONY: demo test slow kernels trl llama-factory openrlhf lint bench gpu clean env
 
 PYTHON ?= python3
 # Alone and first: asking for "torch" together with the rest would let pip choose another one.
@@ -47,6 +49,21 @@ trl: $(ENV)
 		$(PIP) install --quiet --upgrade --no-deps --target .cache/trl-$$version trl==$$version && \
 		PYTHONPATH=.cache/trl-$$version $(PY) -m pytest tests/integrations/test_trl.py || exit 1; \
 	done
+
+# Versions of their own, beside the environment and first on the path.
+llama-factory: $(ENV) .cache/llama-factory/.installed
+	PYTHONPATH=.cache/llama-factory $(PY) -m pytest tests/integrations/test_llama_factory.py
+
+openrlhf: $(ENV) .cache/openrlhf/.installed
+	PYTHONPATH=.cache/openrlhf $(PY) -m pytest tests/integrations/test_openrlhf.py
+
+# OpenRLHF brings its tests along. LLaMA-Factory imports torchaudio even for text: its compiled part is made for CUDA,
+# and not asked for where it is absent.
+.cache/%/.installed: tests/integrations/%.txt | $(ENV)
+	rm -rf $(@D)
+	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(@D) -r $<
+	rm -rf $(@D)/tests $(@D)/torchaudio/lib/*.so
+	touch $@
 
 lint: $(ENV)
 	$(PY) -m ruff check
