@@ -4,6 +4,7 @@
 #     make test    the tests that take seconds
 #     make slow    the tests that take minutes
 #     make kernels  every Triton kernel compiled for every GPU, and interpreted; TRITON=3.6.0 asks for that version
+#     make axolotl  the plugin for Axolotl in Axolotl itself, which is installed beside the environment
 #     make lint    style, types, layers
 #     make bench   the benchmarks
 #     make gpu     the tests that need a GPU, then the benchmarks
@@ -12,7 +13,7 @@
 # On a machine that has torch, pytest and the rest, make PY=python test uses those and installs nothing.
 
 .DELETE_ON_ERROR:
-.PHONY: demo test slow kernels lint bench gpu clean env
+.PHONY: demo test slow kernels axolotl lint bench gpu clean env
 
 PYTHON ?= python3
 # Alone and first: asking for "torch" together with the rest would let pip choose another one.
@@ -38,6 +39,15 @@ kernels: $(ENV)
 	$(KERNELS_PATH) $(PY) -m tests.compiled_kernels
 	$(KERNELS_PATH) TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_triton_head.py tests/ops/test_triton_attention.py \
 		tests/ops/test_pair_loss.py tests/ops/test_ragged.py
+
+# An environment that has Axolotl's versions, and finds everything else in ours.
+AXOLOTL_ENV := .cache/axolotl-0.19.0
+axolotl: $(ENV)
+	$(PY) -m venv $(AXOLOTL_ENV)
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(AXOLOTL_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_beside.pth"
+	$(AXOLOTL_ENV)/bin/python -m pip install --quiet --no-deps -r tests/integrations/axolotl.txt
+	$(AXOLOTL_ENV)/bin/python -m pytest tests/integrations/test_axolotl.py
 
 lint: $(ENV)
 	$(PY) -m ruff check
