@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "loss": {"ops"},
     "trainer": {"data", "packing", "model", "loss"},
     "evaluation": {"answers", "data"},
-    "integrations": {"packing", "model", "loss", "trainer"},
+    "integrations": {"data", "packing", "model", "loss", "trainer"},
     "cli": {"answers", "data", "packing", "ops", "model", "loss", "trainer", "evaluation"},
 }
 FOR_ALL = {"types", "_dispatch"}

@@ -24,7 +24,7 @@ logger = logging.getLogger("stepdpo_kernels")
 BATCH = 512  # records tokenised at a time: enough to keep a fast tokenizer's threads busy
 
 
-class _Unfit(NamedTuple):
+class Unfit(NamedTuple):
     """Why a record is left out: reason in one word, what is wrong, and what to do."""
 
     reason: str
@@ -87,7 +87,7 @@ def load_step_pairs(
     for records in _batches(_unique(islice(source.records, limit), unit)):
         total += len(records)
         for record, tokens in zip(records, tokenize(records), strict=True):
-            unfit = _why_unfit(record, tokens, unit, max_length, max_tokens, prefixes=2 if share == "none" else 1)
+            unfit = why_unfit(record, tokens, unit, max_length, max_tokens, prefixes=2 if share == "none" else 1)
             if unfit is None:
                 pairs.append(_pair(record, tokens))
                 continue
@@ -129,24 +129,25 @@ def _batches(records: Iterator[StepRecord]) -> Iterator[list[StepRecord]]:
         yield batch
 
 
-def _why_unfit(
+def why_unfit(
     record: StepRecord,
     tokens: TokenizedStep,
     unit: str,
     max_length: int | None,
-    max_tokens: int | None,
+    max_tokens: int | None = None,
     *,
-    prefixes: int,
-) -> _Unfit | None:
+    prefixes: int = 1,
+) -> Unfit | None:
+    """Why `load_step_pairs` leaves a record out; None for one that it keeps. prefixes: how often they are encoded."""
     prefix, chosen, rejected = map(len, tokens)
     right, wrong = BRANCH_FIELDS[unit]
     for field, text, length in ((right, record.chosen, chosen), (wrong, record.rejected, rejected)):
         if not text.strip() or not length:
             problem = f"field {field!r} holds no {unit}: {shorten(text)}"
-            return _Unfit("empty_branch", problem, f"write the {unit} or remove the record")
+            return Unfit("empty_branch", problem, f"write the {unit} or remove the record")
     if tokens.chosen_ids == tokens.rejected_ids:
         problem = f"fields {right!r} and {wrong!r} have the same tokens: {shorten(record.chosen)}"
-        return _Unfit("identical_branches", problem, "remove the record")
+        return Unfit("identical_branches", problem, "remove the record")
     longer, text = (right, record.chosen) if chosen >= rejected else (wrong, record.rejected)
     step = f"{longer!r} {shorten(text)}"
     length = prefix + max(chosen, rejected)
@@ -155,14 +156,14 @@ def _why_unfit(
             f"too long: {prefix} tokens before the {unit} and {length - prefix} of {step} "
             f"exceed max_length {max_length}"
         )
-        return _Unfit("too_long", problem, f"raise max_length to {length} or remove the record")
+        return Unfit("too_long", problem, f"raise max_length to {length} or remove the record")
     length = prefixes * prefix + chosen + rejected
     if max_tokens is not None and length > max_tokens:
         problem = (
             f"too long: {prefixes * prefix} tokens before the {unit}, {chosen} of {right!r} and {rejected} of "
             f"{wrong!r} exceed max_tokens {max_tokens}, the longer {unit} is {step}"
         )
-        return _Unfit("too_long", problem, f"raise max_tokens to {length} or remove the record")
+        return Unfit("too_long", problem, f"raise max_tokens to {length} or remove the record")
     return None
 
 

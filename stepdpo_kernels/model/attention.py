@@ -170,14 +170,18 @@ def use_tree_attention(model: PreTrainedModel) -> None:
         model.config._attn_implementation = _register(before)
 
 
+def use_ordinary_attention(model: PreTrainedModel) -> None:
+    """Undoes `use_tree_attention`."""
+    name = model.config._attn_implementation
+    if name is not None:
+        model.config._attn_implementation = name.removeprefix(PREFIX)
+
+
 @contextmanager
 def ordinary_attention(model: PreTrainedModel) -> Iterator[None]:
     """The model as it was before it was switched."""
     name = model.config._attn_implementation
-    if name is None or not name.startswith(PREFIX):
-        yield
-        return
-    model.config._attn_implementation = name.removeprefix(PREFIX)
+    use_ordinary_attention(model)
     try:
         yield
     finally:

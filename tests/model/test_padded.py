@@ -8,8 +8,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from stepdpo_kernels.model import padded_logps
 from stepdpo_kernels.packing import pack_padded
-from tests.numerics import relative_error
 from tests.families import FAMILIES, tiny_model
+from tests.numerics import relative_error
 
 
 def _batch(vocabulary: int):
@@ -32,6 +32,7 @@ def test_log_probs_statistics_and_gradients_are_the_padded_ones(family):
     ids, real, wanted = _batch(model.config.vocab_size)
     forest = pack_padded(ids, real, wanted)
     found = padded_logps(model, forest, statistics=True)
+    assert found.statistics
     logits = model(input_ids=ids, attention_mask=real).logits[:, :-1]
     mask = (wanted * real).bool()[:, 1:]
     logp = logits.log_softmax(-1)
@@ -58,6 +59,7 @@ def test_router_logits_stand_where_the_padded_ones_do():
     model = tiny_model("qwen3_moe", **FAMILIES["qwen3_moe"].config)
     ids, real, wanted = _batch(model.config.vocab_size)
     found = padded_logps(model, pack_padded(ids, real, wanted, every_token=True), router_logits=True)
+    assert found.router_logits
     plain = model.model(input_ids=ids, attention_mask=real, output_router_logits=True).router_logits
     config = model.config
     losses = [

@@ -57,7 +57,7 @@ def test_every_wanted_token_finds_its_row_and_its_past(problem, share, every_tok
                 assert past[int(batch.rows.index[rows[-1]])] == tokens[:t]
         branch_rows += rows
         assert batch.branches.lengths[row] == len(rows) == forest.mask[row].sum()
-        if every_token:
+        if forest.nodes:
             nodes = forest.nodes.index.view(ids.shape)[row, at].tolist()
             assert [past[node] for node in nodes] == [tokens[: t + 1] for t in range(len(tokens))]
     assert next(seen, None) is None
@@ -92,6 +92,7 @@ def test_equal_edges_are_one_loss_row():
 def test_the_transpose_of_rows_is_a_transpose():
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]])
     ragged = pack_padded(ids, torch.ones_like(ids), torch.ones_like(ids), every_token=True).nodes
+    assert ragged
     index, lengths = ragged.index.numpy(), ragged.t_lengths.numpy()
     columns = np.repeat(np.arange(lengths.size), lengths)
     assert (index[ragged.t_index.numpy()] == columns).all()
