@@ -27,7 +27,7 @@ from axolotl.utils.logging import get_logger  # noqa: E402
 
 NAME = f"{__name__}.StepDPOPlugin"
 TRAINER = "stepdpo_kernels.integrations.axolotl_trainer.AxolotlStepDPOTrainer"
-LOG = get_logger(__name__)
+LOG = get_logger(f"axolotl.{__name__}")  # it shows what its own loggers say, and warnings of others
 
 
 class StepDPOArgs(BaseModel):

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from stepdpo_kernels import StepDPOError, load_step_pairs
 from stepdpo_kernels.integrations import versions
 
 pytest.importorskip("axolotl")
 
-from stepdpo_kernels.integrations import axolotl as adapter  # noqa: E402 (asks for axolotl)
+from stepdpo_kernels.integrations import axolotl as adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "axolotl" / "step_dpo.yml"
@@ -36,6 +37,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "dpo_loss_type": ["hinge"],
     },
 }
+# `axolotl train` in one process. Axolotl draws the weights of a new adapter before it sets the seed.
+TRAIN = """
+import sys
+from transformers import set_seed
+set_seed(0)
+from axolotl.cli.train import do_cli
+do_cli(sys.argv[1])
+"""
 # The trainer as Axolotl builds it: its class, what it trains on, and the sizes of one packed batch.
 BUILD = """
 import json, sys
@@ -100,8 +109,8 @@ def run_python(*arguments: str | Path) -> str:
 
 
 def train(config: Path) -> tuple[list[dict[str, float]], str]:
-    """What was logged at each step, and what was printed, by `axolotl train`."""
-    printed = run_python("-m", "axolotl.cli.train", config)
+    """What was logged at each step, and what was printed."""
+    printed = run_python("-c", TRAIN, config)
     (state,) = config.parent.glob(f"out/checkpoint-{STEPS}/trainer_state.json")
     return [entry for entry in json.loads(state.read_text())["log_history"] if "loss" in entry], printed
 
@@ -118,7 +127,9 @@ def test_losses_are_those_of_axolotl_without_the_plugin(workplace, tmp_path, var
     for before, after in zip(plain, packed, strict=True):
         assert before.keys() == after.keys()
         assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
-        assert after == pytest.approx(before, rel=2e-4, abs=2e-4)
+        assert after["rewards/margins"] == pytest.approx(before["rewards/margins"], abs=1e-4)
+        assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-3)
+        assert after["entropy"] == pytest.approx(before["entropy"], rel=1e-4)
 
 
 def test_the_example_trains_on_step_pairs(workplace, tmp_path):
@@ -130,13 +141,14 @@ def test_the_example_trains_on_step_pairs(workplace, tmp_path):
 
 
 @pytest.mark.parametrize("template", ["chat", "alpaca"])
-def test_step_pairs_are_tokenised_as_by_load_step_pairs(workplace, tmp_path, tiny_tokenizer, template):
+def test_step_pairs_are_tokenised_as_by_load_step_pairs(workplace, tmp_path, template):
     """In particular, nothing ends a step."""
     config = configuration(workplace, tmp_path / "run", "pairs", stepdpo_template=template)
     run_python("-c", BUILD, config, tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["class"] == "AxolotlStepDPOTrainer"
-    expected = load_step_pairs(workplace / "pairs.jsonl", tiny_tokenizer("qwen2"), template=template)
+    tokenizer = AutoTokenizer.from_pretrained(workplace / "model")
+    expected = load_step_pairs(workplace / "pairs.jsonl", tokenizer, template=template)
     ids = {(*p.prefix_ids.tolist(), -1, *p.chosen_ids.tolist(), -1, *p.rejected_ids.tolist()) for p in expected}
     assert len(ids) == 24
     assert {(*r["prompt_ids"], -1, *r["chosen_ids"], -1, *r["rejected_ids"]) for r in found["rows"]} == ids
