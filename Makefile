@@ -7,6 +7,7 @@
 #     make trl     the integration into TRL, with every version of it that is supported
 #     make llama-factory  LLaMA-Factory's own training on packed forests, with the versions that it wants
 #     make openrlhf  OpenRLHF's DPO command on packed forests, on the CPU and without DeepSpeed
+#     make axolotl  the plugin for Axolotl in Axolotl itself, which is installed beside the environment
 #     make lint    style, types, layers
 #     make bench   the benchmarks
 #     make gpu     the tests that need a GPU, then the benchmarks
@@ -15,7 +16,7 @@
 # On a machine that has torch, pytest and the rest, make PY=python test uses those and installs nothing.
 
 .DELETE_ON_ERROR:
-.PHONY: demo test slow kernels trl llama-factory openrlhf lint bench gpu clean env
+.PHONY: demo test slow kernels trl llama-factory openrlhf axolotl lint bench gpu clean env
 
 PYTHON ?= python3
 # Alone and first: asking for "torch" together with the rest would let pip choose another one.
@@ -64,6 +65,15 @@ openrlhf: $(ENV) .cache/openrlhf/.installed
 	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(@D) -r $<
 	rm -rf $(@D)/tests $(@D)/torchaudio/lib/*.so
 	touch $@
+
+# An environment that has Axolotl's versions, and finds everything else in ours.
+AXOLOTL_ENV := .cache/axolotl-0.19.0
+axolotl: $(ENV)
+	$(PY) -m venv $(AXOLOTL_ENV)
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(AXOLOTL_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_beside.pth"
+	$(AXOLOTL_ENV)/bin/python -m pip install --quiet --no-deps -r tests/integrations/axolotl.txt
+	$(AXOLOTL_ENV)/bin/python -m pytest tests/integrations/test_axolotl.py
 
 lint: $(ENV)
 	$(PY) -m ruff check
