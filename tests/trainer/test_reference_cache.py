@@ -33,7 +33,7 @@ def passes(monkeypatch) -> list[int]:
         counted.append(num_pairs)
         return compute(model, num_pairs, *args, **options)
 
-    monkeypatch.setattr("stepdpo_kernels.trainer.trainer.compute_ref_logps", count)
+    monkeypatch.setattr("stepdpo_kernels.trainer.ref_logps.compute_ref_logps", count)
     return counted
 
 
