@@ -269,6 +269,7 @@ class StepDPOTrainer(Trainer):
             }
             write_run_file(output_dir, description)
         self._meter.reset()
+        self._steps, self._skipped = 0, 0
         try:
             return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         except BaseException:
@@ -316,7 +317,7 @@ class StepDPOTrainer(Trainer):
         self._steps += 1
         finite = finite_losses(self._parts, self.args.device)
         if not self.args.fp16:  # whose gradients overflow now and then, which its scaler answers
-            finite = finite * float(math.isfinite(norm))
+            finite = finite * float(norm is None or math.isfinite(norm))  # DeepSpeed may know of none
         if self.args.world_size > 1:
             finite = self.accelerator.reduce(finite, reduction="sum") / self.args.world_size
         if float(finite) == 1:
@@ -378,14 +379,12 @@ class StepDPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self._meter.drain(self.accelerator))
+            metrics = self._meter.drain(self.accelerator, steps=self._steps - self._skipped)
             if self._skipped:
-                taken = self._steps - self._skipped
-                if taken:
-                    logs["loss"] *= self._steps / taken  # it was the mean over all steps, the skipped ones as 0
-                else:
-                    del logs["loss"]
-                logs["steps/skipped"] = self._skipped
+                del logs["loss"]  # over all steps, the skipped ones too
+                logs.update(metrics, **{"steps/skipped": self._skipped})
+            else:
+                logs.update(metrics, loss=logs["loss"])
             self._steps, self._skipped = 0, 0
         logs.update({name: value + 0.0 for name, value in logs.items() if isinstance(value, float)})  # -0.0 becomes 0.0
         super().log(logs, start_time)
@@ -447,7 +446,7 @@ class StepDPOTrainer(Trainer):
             parts = (output.chosen_rewards, output.rejected_rewards, output.chosen_logps, output.rejected_logps)
             table[batch.pair_index] = torch.stack(parts, dim=1).float()
         reshard(model)
-        metrics = meter.drain(self.accelerator, losses_are_sums=True)
+        metrics = meter.drain(self.accelerator)
         rewards, logps = self.accelerator.reduce(table, reduction="sum").cpu().numpy().reshape(-1, 2, 2).swapaxes(0, 1)
         predictions, label_ids = (rewards, logps), np.zeros(len(dataset), dtype=np.int64)
         if self.compute_metrics is not None:
