@@ -111,7 +111,7 @@ def results_table(run: Mapping[str, Any], state: TrainerState) -> str:
 
 def kept_step(run: Mapping[str, Any], state: TrainerState) -> int:
     """The optimiser step whose model is there at the end."""
-    if run["config"].get("load_best_model_at_end") and state.best_global_step:
+    if run["config"].get("load_best_model_at_end") and state.best_model_checkpoint and state.best_global_step:
         return state.best_global_step
     return state.global_step
 

@@ -251,10 +251,11 @@ def put_in_place(source: Path, target: Path) -> None:
 def rotate(run_dir: Path, stage: Path, limit: int | None, best: str | None) -> None:
     """Keeps the newest `limit` checkpoints, among them the last and the best one; the others move to the stage.
 
+    best: its path as it was when it was saved, which may have been written from another working directory
     transformers' own deletes them in place, and a run that is killed meanwhile leaves one without its weights.
     """
     checkpoints = [Path(path) for path in sort_checkpoints(str(run_dir), use_mtime=True)]
-    kept = {checkpoints[-1], *([Path(best)] if best is not None else [])}
+    kept = {checkpoints[-1], *([run_dir / Path(best).name] if best is not None else [])}
     surplus = len(checkpoints) - max(limit, len(kept)) if limit is not None and limit > 0 else 0
     for checkpoint in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
         os.replace(checkpoint, stage / f"{checkpoint.name}.old")
