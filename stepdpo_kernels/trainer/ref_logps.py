@@ -72,6 +72,11 @@ class RefLogps:
         return cache_key(
             same_for_all(trainer.accelerator, weights_fingerprint(self.model, with_adapter=with_adapter)),
             dataset.pairs,
+            {
+                "sharding": trainer.accelerator.distributed_type.value if runs_in_lockstep(trainer.accelerator) else "",
+                "liger": args.liger_kernel_config if args.use_liger_kernel else None,
+                "compile": [args.torch_compile_backend, args.torch_compile_mode] if args.torch_compile else None,
+            },
             name=name,
             reference=args.reference,
             bf16=args.bf16,

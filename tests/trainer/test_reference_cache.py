@@ -115,6 +115,16 @@ def test_what_changes_forests_or_precision_makes_another_key(tiny_model, pairs, 
     assert len(entries(tmp_path / "cache")) == 2
 
 
+def test_compiled_layers_make_another_key(tiny_model, pairs, config):
+    """Their bits are others, but a run may go on with them."""
+    keys = []
+    for fields in ({}, {"torch_compile": True}):
+        trainer = StepDPOTrainer(tiny_model(), config(**fields), pairs)
+        keys.append(trainer.reference_key("train", trainer.train_dataset))
+    assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["kernels"]
+    assert reference_module.key_differences(*keys) == []
+
+
 def test_the_evaluation_batch_makes_another_key(tiny_model, pairs, config, passes, tmp_path):
     for size in (4, 6, 4):
         trainer = StepDPOTrainer(tiny_model(), config(per_device_eval_batch_size=size), pairs, eval_dataset=pairs[:12])
