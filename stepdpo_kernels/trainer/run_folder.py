@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +26,7 @@ from stepdpo_kernels.model import causal_lm
 from stepdpo_kernels.types import StepDPOError, StepPair
 
 RUN_FILE = "stepdpo_run.json"
+_PARTS = ("config", "model", "pairs", "data", "device", "versions", "reference", "reference_pass")
 _TORCH_SAVE = re.compile("inline_container|PytorchStreamWriter")  # its words for a failed write
 
 
@@ -202,6 +203,11 @@ def read_run_file(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """What `write_run_file` wrote, or {}."""
     path = Path(output_dir) / RUN_FILE
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def missing_parts(run: Mapping[str, Any]) -> list[str]:
+    """What a run file of today has and that of an older version lacks; a resumed run adds it."""
+    return [part for part in _PARTS if part not in run]
 
 
 def remove_unstarted_run(output_dir: str | os.PathLike[str]) -> None:

@@ -46,11 +46,11 @@ from stepdpo_kernels.trainer.ref_logps import RefLogps
 from stepdpo_kernels.trainer.reference import frozen, key_differences
 from stepdpo_kernels.trainer.report import REPORT_FILE, write_report
 from stepdpo_kernels.trainer.run_folder import (
-    RUN_FILE,
     check_output_dir,
     check_writable,
     describe_run,
     explained,
+    missing_parts,
     put_in_place,
     read_run_file,
     remove_unstarted_run,
@@ -259,15 +259,16 @@ class StepDPOTrainer(Trainer):
                 raise StepDPOError(
                     f"cannot resume {str(checkpoint or output_dir)!r}: that run began with {', '.join(changed)}"
                 )
-        begins = self.is_world_process_zero() and (checkpoint is None or not (Path(output_dir) / RUN_FILE).exists())
-        if begins:
+        known = {} if checkpoint is None else read_run_file(output_dir)
+        begins = self.is_world_process_zero() and not known
+        if begins or (self.is_world_process_zero() and missing_parts(known)):
             eval_pairs = None if self.eval_dataset is None else self.eval_dataset.pairs
             description = {
                 **describe_run(self.args, self.model, self.train_dataset.pairs, eval_pairs),
                 "reference": self.references.keys,
                 "reference_pass": {"computed": self.references.computed, "seconds": self.references.seconds},
             }
-            write_run_file(output_dir, description)
+            write_run_file(output_dir, description | known)
         self._meter.reset()
         self._steps, self._skipped = 0, 0
         try:
