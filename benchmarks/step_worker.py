@@ -127,7 +127,7 @@ def ours(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> 
     class Ours(StepDPOTrainer):
         def get_train_dataloader(self) -> DataLoader[Any]:
             loader = super().get_train_dataloader()
-            return loader if self._references_ready else self.in_turns(loader)  # type: ignore[return-value]
+            return loader if self.references.ready else self.in_turns(loader)  # type: ignore[return-value]
 
         def in_turns(self, loader: DataLoader[Any]) -> Iterator[Any]:
             turns.loaded()
