@@ -26,8 +26,29 @@ class Accelerated(ExitStack):
 def add_forest_forward(model: nn.Module) -> Callable[[], None]:
     """Lets `model(stepdpo_forest=forest, statistics=...)` return `padded_logps`; other calls are as before.
 
+    Returns a function that undoes it. Raises StepDPOError as `replace_forward` does.
+    """
+
+    def forward(
+        lm: Any,
+        plain: Callable[..., Any],
+        *args: Any,
+        stepdpo_forest: PaddedForest | None = None,
+        statistics: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if stepdpo_forest is None:
+            return plain(*args, **kwargs)
+        return padded_logps(lm, stepdpo_forest, statistics=statistics)
+
+    return replace_forward(model, forward)
+
+
+def replace_forward(model: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
+    """Makes `function(lm, plain, ...)` the forward of the causal language model in `model`; plain is the one before.
+
     Returns a function that undoes it: the model's forward and its attention are then what they were. Where somebody
-    has wrapped that forward since, it stays inside, and hands every other call on.
+    has wrapped that forward since, it stays inside, and should hand on every call that it does not know.
 
     Raises StepDPOError for a model that cannot be packed, and for one whose head has hooks.
     """
@@ -40,13 +61,9 @@ def add_forest_forward(model: nn.Module) -> Callable[[], None]:
         )
     attention, own, plain = lm.config._attn_implementation, vars(lm).get("forward"), lm.forward
 
-    @wraps(type(lm).forward)  # trainers look names up in its signature
-    def forward(
-        self: Any, *args: Any, stepdpo_forest: PaddedForest | None = None, statistics: bool = False, **kwargs: Any
-    ) -> Any:
-        if stepdpo_forest is None:
-            return plain(*args, **kwargs)
-        return padded_logps(self, stepdpo_forest, statistics=statistics)
+    @wraps(type(lm).forward)  # trainers and generate() look names up in its signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, plain, *args, **kwargs)
 
     ours = lm.forward = MethodType(forward, lm)
 

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import wraps
 from itertools import islice
-from types import MethodType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import trl
@@ -28,16 +25,10 @@ from transformers.utils import ModelOutput
 
 from stepdpo_kernels.data import RawRecord, StepTokenizer, check_record, why_unfit
 from stepdpo_kernels.data.records import FIELDS
+from stepdpo_kernels.integrations.forest_forward import Accelerated, replace_forward
 from stepdpo_kernels.integrations.token_logits import TokenLogits, answer_for_logits
 from stepdpo_kernels.integrations.versions import require
-from stepdpo_kernels.model import (
-    causal_lm,
-    check_supported,
-    is_tested,
-    padded_logps,
-    use_ordinary_attention,
-    verify_once,
-)
+from stepdpo_kernels.model import causal_lm, is_tested, padded_logps, verify_once
 from stepdpo_kernels.packing import PaddedForest, pack_padded
 from stepdpo_kernels.types import StepDPOError
 
@@ -70,15 +61,28 @@ def accelerate_dpo(trainer: trl.DPOTrainer, *, share: str = "tree") -> Accelerat
     """
     if not isinstance(trainer, trl.DPOTrainer):
         raise StepDPOError(f"trainer: expected a trl.DPOTrainer, got {type(trainer).__name__}")
-    if isinstance(trainer.data_collator, PackedCollator):
+    if isinstance(trainer.data_collator, PackedCollator) and trainer.data_collator.owner is not None:
         return trainer.data_collator.owner
     reasons = why_not(trainer)
     if reasons:
         raise StepDPOError(f"this {type(trainer).__name__} cannot be accelerated: {'; '.join(reasons)}")
-    for model in (trainer.model, trainer.ref_model):
-        if model is not None:
-            check_supported(model)
-    return Accelerated(trainer, share)
+    collator = PackedCollator(trainer.data_collator, share, every_token=trainer.aux_loss_enabled)
+    with Accelerated() as undo:
+        policy: Any = causal_lm(trainer.model)
+        undo.callback(replace_forward(trainer.model, _Forward(trainer, of_policy=True)))
+        if not is_tested(policy):  # compared now, before its weights are sharded
+            examples = list(islice(trainer.train_dataset, EXAMPLES_TO_VERIFY))
+            verify_once(policy, collator(examples)[KEY].batch.to(policy.device))
+        if trainer.ref_model is not None:
+            reference: Any = causal_lm(trainer.ref_model)
+            undo.callback(replace_forward(trainer.ref_model, _Forward(trainer, of_policy=False)))
+            reference._verify_packing = False
+        if ASKS_FOR_LOGITS:
+            undo.enter_context(answer_for_logits())
+        undo.callback(setattr, trainer, "data_collator", trainer.data_collator)
+        trainer.data_collator = collator
+        collator.owner = undo.pop_all()
+    return collator.owner
 
 
 def why_not(trainer: trl.DPOTrainer) -> list[str]:
@@ -105,45 +109,13 @@ def why_not(trainer: trl.DPOTrainer) -> list[str]:
     return reasons
 
 
-class Accelerated:
-    """What `accelerate_dpo` did to a trainer; `remove()`, or leaving it as a context, undoes it."""
-
-    def __init__(self, trainer: trl.DPOTrainer, share: str) -> None:
-        self.trainer = trainer
-        policy: Any = causal_lm(trainer.model)
-        collator = PackedCollator(self, trainer.data_collator, share, every_token=trainer.aux_loss_enabled)
-        if not is_tested(policy):  # now, before its weights are sharded
-            examples = list(islice(trainer.train_dataset, EXAMPLES_TO_VERIFY))
-            verify_once(policy, collator(examples)[KEY].batch.to(policy.device))
-        self._models = [_Forward(policy, trainer, of_policy=True)]
-        if trainer.ref_model is not None:
-            reference: Any = causal_lm(trainer.ref_model)
-            reference._verify_packing = False
-            self._models.append(_Forward(reference, trainer, of_policy=False))
-        trainer.data_collator = collator
-        self._logits = answer_for_logits() if ASKS_FOR_LOGITS else nullcontext()
-        self._logits.__enter__()
-
-    def remove(self) -> None:
-        """Makes the trainer what it was; a second call does nothing."""
-        if isinstance(self.trainer.data_collator, PackedCollator) and self.trainer.data_collator.owner is self:
-            self.trainer.data_collator = self.trainer.data_collator.collator
-            for model in self._models:
-                model.restore()
-            self._logits.__exit__(None, None, None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-
 class PackedCollator:
     """A collator of padded pairs with the forest of its batch added."""
 
-    def __init__(self, owner: Accelerated, collator: Callable[..., Any], share: str, *, every_token: bool) -> None:
-        self.owner, self.collator, self.share, self.every_token = owner, collator, share, every_token
+    owner: Accelerated | None = None
+
+    def __init__(self, collator: Callable[..., Any], share: str, *, every_token: bool) -> None:
+        self.collator, self.share, self.every_token = collator, share, every_token
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
         padded = self.collator(examples)
@@ -183,49 +155,38 @@ class PackedOutput(ModelOutput):
 
 
 class _Forward:
-    """A model's forward that takes batches with a forest, and the way back to what it was."""
+    """The forward of a model that takes batches with a forest, for `replace_forward`."""
 
-    def __init__(self, lm: Any, trainer: trl.DPOTrainer, *, of_policy: bool) -> None:
-        self.lm, self.trainer, self.of_policy, self.active = lm, trainer, of_policy, True
-        self.before, self.own = lm.forward, vars(lm).get("forward")
+    def __init__(self, trainer: trl.DPOTrainer, *, of_policy: bool) -> None:
+        self.trainer, self.of_policy = trainer, of_policy
 
-        @wraps(type(lm).forward)  # generate() and Trainer look names up in its signature
-        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
-            forest = kwargs.pop(KEY, None)
-            if forest is None or not self.active or not (ASKS_FOR_LOGITS or kwargs.get("fused_lm_head")):
-                return self.before(*args, **kwargs)
-            return self.packed(forest, **kwargs)
-
-        self.forward = lm.forward = MethodType(forward, lm)
+    def __call__(self, lm: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        forest = kwargs.pop(KEY, None)
+        if forest is None or not (ASKS_FOR_LOGITS or kwargs.get("fused_lm_head")):
+            return plain(*args, **kwargs)
+        return self.packed(lm, forest, **kwargs)
 
     def packed(
         self,
+        lm: Any,
         forest: PaddedForest,
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        input_ids: Tensor,  # (2P, W)
+        attention_mask: Tensor,  # (2P, W)
         output_router_logits: bool = False,
         **_: Any,
     ) -> PackedOutput:
         # TRL evaluates in eval mode, and asks for references in train mode without gradients.
-        statistics = self.of_policy and (torch.is_grad_enabled() or not self.lm.training)
-        with self.trainer.accelerator.autocast():  # accelerate puts it around the forward of before, of a reference
+        statistics = self.of_policy and (torch.is_grad_enabled() or not lm.training)
+        with self.trainer.accelerator.autocast():  # which a reference, prepared earlier, has around its old forward
             found = padded_logps(
-                self.lm, forest.to(input_ids.device), statistics=statistics, router_logits=output_router_logits
+                lm, forest.to(input_ids.device), statistics=statistics, router_logits=output_router_logits
             )
         output = PackedOutput(found.logps, label_mask=forest.mask, labels=input_ids[:, 1:])
         if found.statistics is not None:
             output.entropy, output.log_sum_sq_probs, output.mean_logits, output.is_top1 = found.statistics
         if found.router_logits is not None:
-            output.aux_loss = _load_balancing_loss(self.lm, found.router_logits, attention_mask)
+            output.aux_loss = _load_balancing_loss(lm, found.router_logits, attention_mask)
         return output
-
-    def restore(self) -> None:
-        self.active = False  # where accelerate has put a forward of its own around this one
-        if vars(self.lm).get("forward") is self.forward:
-            del self.lm.forward
-            if self.own is not None:
-                self.lm.forward = self.own
-        use_ordinary_attention(self.lm)
 
 
 def _load_balancing_loss(lm: Any, router_logits: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Transformers models on packed forests."""
 
-from stepdpo_kernels.model.attention import use_ordinary_attention
 from stepdpo_kernels.model.forward import disable_packed_forward, enable_packed_forward, packed_forward, verify_once
 from stepdpo_kernels.model.head import head_options
 from stepdpo_kernels.model.padded import PaddedLogps, padded_logps
@@ -26,7 +25,6 @@ __all__ = [
     "max_path",
     "packed_forward",
     "padded_logps",
-    "use_ordinary_attention",
     "verify_first_batch",
     "verify_once",
     "why_not",

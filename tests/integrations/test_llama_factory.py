@@ -275,7 +275,12 @@ def test_trainers_and_models_that_are_refused(make_trainer) -> None:
 def test_an_untested_architecture_is_compared_first(make_trainer, monkeypatch) -> None:
     trainer = make_trainer()
     compared: list[Any] = []
-    monkeypatch.setattr(forward, "verify_first_batch", lambda lm, batch: compared.append((lm, batch)) or True)
+
+    def verify(*seen: Any) -> bool:
+        compared.append(seen)
+        return True
+
+    monkeypatch.setattr(forward, "verify_first_batch", verify)
     monkeypatch.setattr(forward, "is_tested", lambda lm: False)
     monkeypatch.setattr(llama_factory, "is_tested", lambda lm: False)
     llama_factory.accelerate_dpo(trainer)

@@ -15,7 +15,8 @@ from peft import LoraConfig
 from trl.trainer import dpo_trainer
 
 from stepdpo_kernels.integrations import trl as integration
-from stepdpo_kernels.integrations.trl import KEY, Accelerated, StepDPOTRLTrainer, accelerate_dpo
+from stepdpo_kernels.integrations.forest_forward import Accelerated
+from stepdpo_kernels.integrations.trl import KEY, StepDPOTRLTrainer, accelerate_dpo
 from stepdpo_kernels.model import padded_logps
 from stepdpo_kernels.types import StepDPOError
 from tests.families import FAMILIES, tiny_model
