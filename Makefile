@@ -4,6 +4,9 @@
 #     make test    the tests that take seconds
 #     make slow    the tests that take minutes
 #     make kernels  every Triton kernel compiled for every GPU, and interpreted; TRITON=3.6.0 asks for that version
+#     make trl     the integration into TRL, with every version of it that is supported
+#     make llama-factory  LLaMA-Factory's own training on packed forests, with the versions that it wants
+#     make openrlhf  OpenRLHF's DPO command on packed forests, on the CPU and without DeepSpeed
 #     make axolotl  the plugin for Axolotl in Axolotl itself, which is installed beside the environment
 #     make lint    style, types, layers
 #     make bench   the benchmarks
@@ -13,7 +16,7 @@
 # On a machine that has torch, pytest and the rest, make PY=python test uses those and installs nothing.
 
 .DELETE_ON_ERROR:
-.PHONY: demo test slow kernels axolotl lint bench gpu clean env
+.PHONY: demo test slow kernels trl llama-factory openrlhf axolotl lint bench gpu clean env
 
 PYTHON ?= python3
 # Alone and first: asking for "torch" together with the rest would let pip choose another one.
@@ -39,6 +42,29 @@ kernels: $(ENV)
 	$(KERNELS_PATH) $(PY) -m tests.compiled_kernels
 	$(KERNELS_PATH) TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_triton_head.py tests/ops/test_triton_attention.py \
 		tests/ops/test_pair_loss.py tests/ops/test_ragged.py
+
+# Each version beside the environment, not into it.
+TRL ?= 1.9.0 1.9.2 1.10.0 1.11.0 1.12.0 1.13.0 1.14.0 1.14.2 1.15.0 1.16.0
+trl: $(ENV)
+	for version in $(TRL); do \
+		$(PIP) install --quiet --upgrade --no-deps --target .cache/trl-$$version trl==$$version && \
+		PYTHONPATH=.cache/trl-$$version $(PY) -m pytest tests/integrations/test_trl.py || exit 1; \
+	done
+
+# Versions of their own, beside the environment and first on the path.
+llama-factory: $(ENV) .cache/llama-factory/.installed
+	PYTHONPATH=.cache/llama-factory $(PY) -m pytest tests/integrations/test_llama_factory.py
+
+openrlhf: $(ENV) .cache/openrlhf/.installed
+	PYTHONPATH=.cache/openrlhf $(PY) -m pytest tests/integrations/test_openrlhf.py
+
+# OpenRLHF brings its tests along. LLaMA-Factory imports torchaudio even for text: its compiled part is made for CUDA,
+# and not asked for where it is absent.
+.cache/%/.installed: tests/integrations/%.txt | $(ENV)
+	rm -rf $(@D)
+	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(@D) -r $<
+	rm -rf $(@D)/tests $(@D)/torchaudio/lib/*.so
+	touch $@
 
 # An environment that has Axolotl's versions, and finds everything else in ours.
 AXOLOTL_ENV := .cache/axolotl-0.19.0

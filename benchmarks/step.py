@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from contextlib import ExitStack
+from math import isnan, nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +21,8 @@ from rich.table import Table
 from benchmarks.measure import Worker, quantile, write_rows
 
 # A provider's name is its trainer and any of these words, joined by "-". A number is what a forward pass takes at once:
-# tokens of ours (--max-tokens), pairs of TRL.
+# tokens of ours (--max-tokens), pairs of TRL. "packed" is TRL's trainer with integrations.trl, "live" keeps a reference
+# model in memory and asks it in every step, as TRL does unless told otherwise.
 WORDS: dict[str, dict[str, dict[str, Any]]] = {
     "ours": {
         "grouped": {"sampling": "grouped"},
@@ -33,6 +35,8 @@ WORDS: dict[str, dict[str, dict[str, Any]]] = {
         "unsorted": {"sorted": False},
         "compiled": {"compiled": True},
         "compact": {"compact": True},
+        "packed": {"packed": True},
+        "live": {"live": True},
     },
 }
 DEFAULTS: dict[str, Any] = {
@@ -42,6 +46,8 @@ DEFAULTS: dict[str, Any] = {
     "compiled": False,
     "sorted": True,
     "compact": False,
+    "packed": False,
+    "live": False,
 }
 DEFAULT_PROVIDERS = ("ours", "ours-grouped", "trl-2")
 TIMEOUT = 1800.0  # seconds that a turn may take
@@ -193,13 +199,16 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
         figures = (
             *(median(speeds), quantile(speeds, 0.2), quantile(speeds, 0.8)),
             median(row["training_pairs_per_second"] for row in own),
-            median(row["pairs_per_step"] / row["reference_seconds"] for row in own),
+            median(
+                row["pairs_per_step"] / row["reference_seconds"] if row["reference_seconds"] > 0.01 else nan
+                for row in own
+            ),
             own[0]["peak_bytes"] / GIB,
         )
         loss = sum(row["loss"] for row in own) / len(own)
         table.add_row(
             name,
-            *(f"{figure:.2f}" for figure in figures),
+            *("-" if isnan(figure) else f"{figure:.2f}" for figure in figures),
             "-" if extra is None else f"{extra / GIB:.2f}",
             f"{loss:.4f}",
         )

@@ -127,7 +127,7 @@ def ours(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> 
     class Ours(StepDPOTrainer):
         def get_train_dataloader(self) -> DataLoader[Any]:
             loader = super().get_train_dataloader()
-            return loader if self._references_ready else self.in_turns(loader)  # type: ignore[return-value]
+            return loader if self.references.ready else self.in_turns(loader)  # type: ignore[return-value]
 
         def in_turns(self, loader: DataLoader[Any]) -> Iterator[Any]:
             turns.loaded()
@@ -161,7 +161,13 @@ def trl(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> A
     if settings["compact"]:
         utils._use_triton = lambda _: True  # asked there only whether rows without a loss are left out
 
-    class Trl(DPOTrainer):
+    trainer_class: Any = DPOTrainer
+    if settings["packed"]:
+        from stepdpo_kernels.integrations.trl import StepDPOTRLTrainer
+
+        trainer_class = StepDPOTRLTrainer
+
+    class Trl(trainer_class):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset  # tokens are there, and no EOS is to be added
 
@@ -176,12 +182,12 @@ def trl(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> A
     if settings["sorted"]:  # within each step, so that micro-batches pad little; the sum over the step is the same
         steps = [pairs[i : i + per_step] for i in range(0, len(pairs), per_step)]
         pairs = [pair for step in steps for pair in sorted(step, key=length)]
-    return Trl(
+    trainer = Trl(
         model,
         args=DPOConfig(
             per_device_train_batch_size=settings["at_once"],
             gradient_accumulation_steps=per_step // settings["at_once"],
-            precompute_ref_log_probs=True,
+            precompute_ref_log_probs=not settings["live"],
             max_length=None,
             **common(settings),
         ),
@@ -199,6 +205,11 @@ def trl(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> A
         peft_config=adapter(settings),
         callbacks=[turns],
     )
+    if settings["live"]:
+        turns.loaded()
+        for _ in range(settings["steps"]):  # its references come with the steps
+            turns.end()
+    return trainer
 
 
 def length(pair: StepPair) -> int:

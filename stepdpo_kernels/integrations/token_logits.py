@@ -35,7 +35,7 @@ class TokenLogits:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TokenLogits:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        mapped = {name: function(x) if isinstance(x, Tensor) else x for name, x in values.items()}
+        mapped: dict[str, Any] = {name: function(x) if isinstance(x, Tensor) else x for name, x in values.items()}
         return TokenLogits(**mapped)
 
     def __getitem__(self, key: Any) -> TokenLogits:

@@ -137,6 +137,29 @@ class StepDPOLoss(nn.Module):
             )
         pairs = labels.shape[0] // 2
         self._check(pairs, ref_logps, weights=weights, betas=betas, offsets=offsets)
+        logps, lengths = self._padded_logps(hidden, weight, labels, bias, token_weights)
+        result = self._mixed(None, logps, lengths, self._references(ref_logps), weights, betas, offsets)
+        return self._output(result, lengths, weights, num_pairs)
+
+    def logps(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        token_weights: Tensor | None = None,
+    ) -> Tensor:  # (2P,)
+        """Branch log-probs of padded branches, chosen first, then rejected: what a reference contributes.
+
+        Arguments as in `forward`; differentiable.
+        """
+        return self._padded_logps(hidden, weight, labels, bias, token_weights)[0]
+
+    def _padded_logps(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, token_weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(2P,) log-probs and (2P,) lengths of the branches, weighted alike."""
         keep = labels != -100
         token_logps = self._token_logps(hidden[keep], weight, labels[keep], bias)  # (R,)
         lengths = keep.sum(dim=1)  # (2P,)
@@ -145,9 +168,7 @@ class StepDPOLoss(nn.Module):
             token_logps = token_logps * factors[keep].to(token_logps.dtype)
             lengths = factors.masked_fill(~keep, 0).sum(dim=1, dtype=torch.float64)
         table = token_logps.new_zeros(labels.shape).masked_scatter(keep, token_logps)  # (2P, L)
-        logps = table.sum(dim=1, dtype=torch.float64).to(table.dtype)  # (2P,)
-        result = self._mixed(None, logps, lengths, self._references(ref_logps), weights, betas, offsets)
-        return self._output(result, lengths, weights, num_pairs)
+        return table.sum(dim=1, dtype=torch.float64).to(table.dtype), lengths
 
     def packed(
         self,

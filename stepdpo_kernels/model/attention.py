@@ -106,11 +106,11 @@ def _ordinary(attention: type[nn.Module], implementation: str) -> Callable[..., 
     for base in attention.__mro__:
         names = vars(sys.modules[base.__module__])
         if "ALL_ATTENTION_FUNCTIONS" in names:
-            found: Any = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
-                implementation, names.get("eager_attention_forward")
-            )
-            if found is not None:
-                return found
+            functions = names["ALL_ATTENTION_FUNCTIONS"]
+            if implementation in functions:
+                return functions[implementation]
+            if implementation == "eager" and "eager_attention_forward" in names:
+                return names["eager_attention_forward"]
     raise StepDPOError(f"{attention.__name__}: nothing in its file computes the attention {implementation!r}")
 
 

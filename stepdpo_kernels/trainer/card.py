@@ -20,7 +20,7 @@ from stepdpo_kernels.trainer.report import (
     settings_table,
     what_was_trained,
 )
-from stepdpo_kernels.trainer.run_folder import put_in_place, read_run_file, staged
+from stepdpo_kernels.trainer.run_folder import RUN_FILE, missing_parts, put_in_place, read_run_file, staged
 
 logger = logging.getLogger("stepdpo_kernels")
 
@@ -75,10 +75,14 @@ def write_card_of(trainer: Trainer, output_dir: str | None, *args: Any, **given:
     """Writes the card of a trainer's run into output_dir or its own, on the main process.
 
     args, given: those of `Trainer.create_model_card`
-    Returns False where there was no run to write one of.
+    Returns False where there was no run to write one of, or one of an older version, which the log says.
     """
     run = read_run_file(trainer.args.output_dir)
     if not run or not any("loss" in entry for entry in trainer.state.log_history):
+        return False
+    missing = missing_parts(run)
+    if missing:
+        logger.warning("no model card is written: %s is of an older version and lacks %s", RUN_FILE, ", ".join(missing))
         return False
     given |= dict(zip(_OF_TRAINER, args, strict=False))
     known = {name: value for name, value in given.items() if value and _OF_TRAINER[name]}

@@ -81,10 +81,10 @@ class Meter:
         counts = (batch.num_pairs, batch.num_tokens, batch.tokens_unshared, 1)
         self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
 
-    def drain(self, accelerator: Accelerator, *, losses_are_sums: bool = False) -> dict[str, float]:
+    def drain(self, accelerator: Accelerator, *, steps: int | None = None) -> dict[str, float]:
         """Means over the pairs of all processes, and the next interval starts at zero. All processes must call it.
 
-        losses_are_sums: the losses added were sums over pairs (num_pairs=1), so their mean is reported as well.
+        steps: optimiser steps of which the losses added are parts; None: they are sums over pairs (num_pairs=1)
         """
         sums = self._sums if self._sums is not None else torch.zeros(len(_PER_PAIR) + 1, device=accelerator.device)
         counts = torch.tensor(self._counts, dtype=torch.float32, device=sums.device)
@@ -97,7 +97,7 @@ class Meter:
         if not pairs:
             return {}
         return {
-            **({"loss": loss / pairs} if losses_are_sums else {}),
+            "loss": loss / (pairs if steps is None else steps * accelerator.num_processes),
             **{name: value / pairs for name, value in zip(_LOGGED_AS, means, strict=True)},
             "tokens/saved": 1 - tokens / unshared,
             "tokens/batch": tokens / batches,

@@ -14,7 +14,7 @@ import os
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from importlib.util import find_spec
@@ -109,7 +109,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _kernels() -> str:
+def _kernels() -> dict[str, Any]:
     """What decides the order of sums beside shapes: the implementations in use, threads, and the device's own."""
     found = {
         "impl": os.environ.get("STEPDPO_IMPL", ""),
@@ -120,16 +120,21 @@ def _kernels() -> str:
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
-    return json.dumps(found, sort_keys=True)
+    return found
 
 
-def cache_key(model_fingerprint: str, pairs: Sequence[StepPair], **settings: Any) -> dict[str, str]:
-    """What reference log-probs depend on, as the metadata of their cache file."""
+def cache_key(
+    model_fingerprint: str, pairs: Sequence[StepPair], run_by: Mapping[str, Any], **settings: Any
+) -> dict[str, str]:
+    """What reference log-probs depend on, as the metadata of their cache file.
+
+    run_by: what runs the layers; like the device it decides bits and no more, so that a run may go on under another
+    """
     return {
         "model": model_fingerprint,
         "pairs": pairs_fingerprint(pairs),
         "settings": json.dumps(settings, sort_keys=True, default=str),
-        "kernels": _kernels(),
+        "kernels": json.dumps(_kernels() | dict(run_by), sort_keys=True),
         "stepdpo_kernels": stepdpo_kernels.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerState
 
-from stepdpo_kernels.trainer.run_folder import RUN_FILE, put_in_place, read_run_file, staged, versions
+from stepdpo_kernels.trainer.run_folder import RUN_FILE, missing_parts, put_in_place, read_run_file, staged, versions
 from stepdpo_kernels.types import StepDPOError
 
 logger = logging.getLogger("stepdpo_kernels")
@@ -111,7 +111,7 @@ def results_table(run: Mapping[str, Any], state: TrainerState) -> str:
 
 def kept_step(run: Mapping[str, Any], state: TrainerState) -> int:
     """The optimiser step whose model is there at the end."""
-    if run["config"].get("load_best_model_at_end") and state.best_global_step:
+    if run["config"].get("load_best_model_at_end") and state.best_model_checkpoint and state.best_global_step:
         return state.best_global_step
     return state.global_step
 
@@ -180,12 +180,18 @@ def write_report(output_dir: str | Path, state: TrainerState) -> Path:
     """Writes `report.md` and, with matplotlib, `report.png` into the output folder of a run; each is whole or absent.
 
     state: the trainer's; its log history goes back to the beginning also where the run was resumed
-    Returns the path of `report.md`. Raises StepDPOError where there was no run.
+    Returns the path of `report.md`. Raises StepDPOError where there was no run, or one of an older version.
     """
     folder = Path(output_dir)
     run = read_run_file(folder)
     if not run or not any("loss" in entry for entry in state.log_history):
         raise StepDPOError(f"output_dir {str(folder)!r}: nothing to report, since no training was logged ({RUN_FILE})")
+    missing = missing_parts(run)
+    if missing:
+        raise StepDPOError(
+            f"output_dir {str(folder)!r}: nothing to report of a run by an older version: {RUN_FILE} lacks "
+            f"{', '.join(missing)}; to resume the run adds them"
+        )
     with staged(folder) as stage:
         try:
             draw(stage / PICTURE_FILE, state.log_history)

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +26,7 @@ from stepdpo_kernels.model import causal_lm
 from stepdpo_kernels.types import StepDPOError, StepPair
 
 RUN_FILE = "stepdpo_run.json"
+_PARTS = ("config", "model", "pairs", "data", "device", "versions", "reference", "reference_pass")
 _TORCH_SAVE = re.compile("inline_container|PytorchStreamWriter")  # its words for a failed write
 
 
@@ -204,6 +205,11 @@ def read_run_file(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def missing_parts(run: Mapping[str, Any]) -> list[str]:
+    """What a run file of today has and that of an older version lacks; a resumed run adds it."""
+    return [part for part in _PARTS if part not in run]
+
+
 def remove_unstarted_run(output_dir: str | os.PathLike[str]) -> None:
     """Removes RUN_FILE of a run that has no checkpoint yet, so that the same command can be given again."""
     folder = Path(output_dir)
@@ -251,10 +257,11 @@ def put_in_place(source: Path, target: Path) -> None:
 def rotate(run_dir: Path, stage: Path, limit: int | None, best: str | None) -> None:
     """Keeps the newest `limit` checkpoints, among them the last and the best one; the others move to the stage.
 
+    best: its path as it was when it was saved, which may have been written from another working directory
     transformers' own deletes them in place, and a run that is killed meanwhile leaves one without its weights.
     """
     checkpoints = [Path(path) for path in sort_checkpoints(str(run_dir), use_mtime=True)]
-    kept = {checkpoints[-1], *([Path(best)] if best is not None else [])}
+    kept = {checkpoints[-1], *([run_dir / Path(best).name] if best is not None else [])}
     surplus = len(checkpoints) - max(limit, len(kept)) if limit is not None and limit > 0 else 0
     for checkpoint in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
         os.replace(checkpoint, stage / f"{checkpoint.name}.old")

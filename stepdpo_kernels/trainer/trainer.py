@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,25 +39,18 @@ from stepdpo_kernels.trainer.collate import IndexedPairs, SetEpoch, StepCollator
 from stepdpo_kernels.trainer.config import StepDPOConfig
 from stepdpo_kernels.trainer.loading import load_model
 from stepdpo_kernels.trainer.meter import Meter
-from stepdpo_kernels.trainer.nonfinite import check_finite, culprits, finite_losses
+from stepdpo_kernels.trainer.nonfinite import culprits, finite_losses
 from stepdpo_kernels.trainer.plan import TrainingPlan, plan_training
 from stepdpo_kernels.trainer.progress import use_step_progress
-from stepdpo_kernels.trainer.reference import (
-    PartialTable,
-    cache_key,
-    compute_ref_logps,
-    frozen,
-    key_differences,
-    load_or_compute,
-    weights_fingerprint,
-)
+from stepdpo_kernels.trainer.ref_logps import RefLogps
+from stepdpo_kernels.trainer.reference import frozen, key_differences
 from stepdpo_kernels.trainer.report import REPORT_FILE, write_report
 from stepdpo_kernels.trainer.run_folder import (
-    RUN_FILE,
     check_output_dir,
     check_writable,
     describe_run,
     explained,
+    missing_parts,
     put_in_place,
     read_run_file,
     remove_unstarted_run,
@@ -72,7 +64,6 @@ from stepdpo_kernels.trainer.sharding import (
     no_sync,
     reshard,
     runs_in_lockstep,
-    same_for_all,
     shard_by_fsdp2,
     shard_reference,
     sharded_policy,
@@ -188,10 +179,7 @@ class StepDPOTrainer(Trainer):
         self._parts: list[tuple[PackedBatch, StepDPOOutput]] = []  # forward passes of the step in progress
         self._steps, self._skipped = 0, 0  # since the last log
         self._staging: Path | None = None
-        self._reference_keys: dict[str, dict[str, str]] = {}
-        self._references_ready = False
-        self._when_sharded: list[Callable[[], None]] = []
-        self._reference_pass: dict[str, Any] = {"computed": [], "seconds": 0.0}
+        self.references = RefLogps(self)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Without torch.compile of the whole model: its layers are compiled already."""
@@ -204,132 +192,22 @@ class StepDPOTrainer(Trainer):
 
         `train` and `evaluate` call it first; calling it earlier only moves the work.
         """
-        if self._references_ready:
-            return
-        began = time.perf_counter()
-        if self.train_dataset is not None:
-            self._fill_ref_logps("train", self.train_dataset, self.get_train_dataloader)
-        if self.eval_dataset is not None:
-            self._fill_ref_logps("eval", self.eval_dataset, self.get_eval_dataloader)
-        self._references_ready = True
-        # of a model that is yet to be sharded, nothing is known when the run is described
-        self._reference_pass["seconds"] = None if self._when_sharded else round(time.perf_counter() - began, 3)
+        self.references.prepare()
 
     def reference_key(self, name: str, dataset: IndexedPairs) -> dict[str, str]:
         """What the reference log-probs of a dataset ("train" or "eval") depend on: the key of their cache file."""
-        args = self.args
-        model = self.model if self.ref_model is None else self.ref_model
-        return cache_key(
-            same_for_all(self.accelerator, weights_fingerprint(model, with_adapter=self.ref_model is not None)),
-            dataset.pairs,
-            name=name,
-            reference=args.reference,
-            bf16=args.bf16,
-            fp16=args.fp16,
-            device=args.device.type,
-            world=args.world_size,
-            max_tokens_per_batch=args.max_tokens_per_batch,
-            max_keys_per_batch=args.max_keys_per_batch,
-            share=args.share,
-            **head_options(model),
-            **(
-                {
-                    "pairs_per_step": args.pairs_per_step,
-                    "order": args.train_sampling_strategy,
-                    "seed": self._order_seed(),
-                }
-                if name == "train"
-                else {"per_device_eval_batch_size": args.per_device_eval_batch_size}
-            ),
-        )
-
-    def _fill_ref_logps(self, name: str, dataset: IndexedPairs, dataloader: Callable[[], DataLoader[Any]]) -> None:
-        """Reference log-probs of a dataset, in the forests in which its dataloader first gives its pairs."""
-        args = self.args
-        model = self.model if self.ref_model is None else self.ref_model
-        key = self._reference_keys[name] = self.reference_key(name, dataset)
-        if args.reference != "precomputed":
-            return
-
-        def table_of(steps: Iterable[list[PackedBatch]], partial: PartialTable | None = None) -> Tensor:
-            progress = not args.disable_tqdm and self.is_world_process_zero()
-            batches = equal_passes(steps, self.accelerator, self._nothing)
-            runs = self._wrapped() if model is self.model else model
-            return compute_ref_logps(
-                runs, len(dataset), batches, self._logps, self.accelerator, progress=progress, partial=partial
-            )
-
-        def compute(partial: PartialTable) -> Tensor:
-            self._reference_pass["computed"].append(name)
-            # The order of training must be the same whether this pass ran or a cache was read.
-            gpus = [args.device] if args.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=gpus), self._on_device(model), self._as_reference():
-                table = table_of(dataloader(), partial)
-                left = table.isnan().any(dim=1)  # pairs that dataloader_drop_last keeps out of the first epoch
-                if left.any():
-                    step = self.data_collator([dataset[i] for i in left.nonzero()[:, 0].tolist()])
-                    table[left] = table_of([step])[left]
-                reshard(model)
-            check_finite(table, dataset.pairs, f"{name}_dataset")
-            return table
-
-        def fill() -> None:
-            table = load_or_compute(args.reference_cache_dir, key, compute, self.accelerator)
-            dataset.ref_logps = table.to(args.device)
-
-        if model is self.model and runs_in_lockstep(self.accelerator) and self._wrapped() is None:
-            self._when_sharded.append(fill)
-        else:
-            fill()
-
-    def _wrapped(self) -> nn.Module | None:
-        """The policy as it must be run in evaluation; None where `train` has yet to shard it."""
-        return sharded_policy(self.model, self.accelerator) if runs_in_lockstep(self.accelerator) else self.model
+        return self.references.key(name, dataset)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().create_scheduler(*args, **kwargs)
         # Trainer calls this when the model is wrapped, and has neither been trained nor loaded from a checkpoint.
-        if self._when_sharded and self._wrapped() is not None:
-            for fill in self._when_sharded:
-                fill()
-            self._when_sharded.clear()
+        if self._runnable_policy() is not None:
+            self.references.policy_is_sharded()
         return scheduler
 
-    @contextmanager
-    def _as_reference(self) -> Iterator[nn.Module]:
-        """The reference: ref_model with its adapters, or the policy without its own."""
-        if self.ref_model is not None:
-            yield self.ref_model
-            return
-        policy = self._wrapped()
-        assert policy is not None
-        with getattr(self.model, "disable_adapter", nullcontext)():
-            yield policy
-
-    def _ref_logps(self, batch: PackedBatch, dataset: IndexedPairs) -> Tensor | None:  # (2P,)
-        """The reference's branch log-probs of a batch: from the table, or computed now.
-
-        To be called outside the autocast of the policy's forward, which would keep weights cast without gradients.
-        """
-        if self.loss.reference_free:
-            return None
-        if dataset.ref_logps is not None:
-            return dataset.ref_logps[batch.pair_index].T.reshape(-1)
-        with torch.no_grad(), self._as_reference() as reference:
-            return self._logps(reference, batch)
-
-    @contextmanager
-    def _on_device(self, model: nn.Module) -> Iterator[None]:
-        """A separate reference is on the training device only while it is read."""
-        if model is self.model or runs_in_lockstep(self.accelerator):
-            yield
-            return
-        home = next(model.parameters()).device
-        model.to(self.args.device)
-        try:
-            yield
-        finally:
-            model.to(home)
+    def _runnable_policy(self) -> nn.Module | None:
+        """The policy as it must be run in evaluation; None where `train` has yet to shard it."""
+        return sharded_policy(self.model, self.accelerator) if runs_in_lockstep(self.accelerator) else self.model
 
     # ---- optimiser steps ----------------------------------------------------------------------------------------
 
@@ -376,21 +254,23 @@ class StepDPOTrainer(Trainer):
         self.prepare_references()
         if resume_from_checkpoint:
             began_with = read_run_file(output_dir if checkpoint is None else checkpoint.parent).get("reference", {})
-            changed = key_differences(began_with["train"], self._reference_keys["train"]) if began_with else []
+            changed = key_differences(began_with["train"], self.references.keys["train"]) if began_with else []
             if changed:
                 raise StepDPOError(
                     f"cannot resume {str(checkpoint or output_dir)!r}: that run began with {', '.join(changed)}"
                 )
-        begins = self.is_world_process_zero() and (checkpoint is None or not (Path(output_dir) / RUN_FILE).exists())
-        if begins:
+        known = {} if checkpoint is None else read_run_file(output_dir)
+        begins = self.is_world_process_zero() and not known
+        if begins or (self.is_world_process_zero() and missing_parts(known)):
             eval_pairs = None if self.eval_dataset is None else self.eval_dataset.pairs
             description = {
                 **describe_run(self.args, self.model, self.train_dataset.pairs, eval_pairs),
-                "reference": self._reference_keys,
-                "reference_pass": self._reference_pass,
+                "reference": self.references.keys,
+                "reference_pass": {"computed": self.references.computed, "seconds": self.references.seconds},
             }
-            write_run_file(output_dir, description)
+            write_run_file(output_dir, description | known)
         self._meter.reset()
+        self._steps, self._skipped = 0, 0
         try:
             return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         except BaseException:
@@ -420,7 +300,7 @@ class StepDPOTrainer(Trainer):
         for i, (batch, counts) in enumerate(passes):
             batch = batch.to(self.args.device)
             is_last = i == len(passes) - 1
-            ref_logps = self._ref_logps(batch, self.train_dataset)
+            ref_logps = self.references.of_batch(batch, self.train_dataset)
             with nullcontext() if is_last else no_sync(self.accelerator, model):
                 with self.compute_loss_context_manager():
                     output = self._packed_loss(model, batch, ref_logps, num_pairs)
@@ -438,7 +318,7 @@ class StepDPOTrainer(Trainer):
         self._steps += 1
         finite = finite_losses(self._parts, self.args.device)
         if not self.args.fp16:  # whose gradients overflow now and then, which its scaler answers
-            finite = finite * float(math.isfinite(norm))
+            finite = finite * float(norm is None or math.isfinite(norm))  # DeepSpeed may know of none
         if self.args.world_size > 1:
             finite = self.accelerator.reduce(finite, reduction="sum") / self.args.world_size
         if float(finite) == 1:
@@ -500,14 +380,12 @@ class StepDPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self._meter.drain(self.accelerator))
+            metrics = self._meter.drain(self.accelerator, steps=self._steps - self._skipped)
             if self._skipped:
-                taken = self._steps - self._skipped
-                if taken:
-                    logs["loss"] *= self._steps / taken  # it was the mean over all steps, the skipped ones as 0
-                else:
-                    del logs["loss"]
-                logs["steps/skipped"] = self._skipped
+                del logs["loss"]  # over all steps, the skipped ones too
+                logs.update(metrics, **{"steps/skipped": self._skipped})
+            else:
+                logs.update(metrics, loss=logs["loss"])
             self._steps, self._skipped = 0, 0
         logs.update({name: value + 0.0 for name, value in logs.items() if isinstance(value, float)})  # -0.0 becomes 0.0
         super().log(logs, start_time)
@@ -537,7 +415,7 @@ class StepDPOTrainer(Trainer):
                 gone = self.ref_model is None and self.args.reference == "precomputed"
                 if gone and self.state.global_step > 0:
                     raise StepDPOError("eval_dataset: give it to StepDPOTrainer at the start, or pass a ref_model")
-                self._fill_ref_logps("eval", eval_dataset, partial(self.get_eval_dataloader, eval_dataset))
+                self.references.fill("eval", eval_dataset, partial(self.get_eval_dataloader, eval_dataset))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     @torch.no_grad()
@@ -550,7 +428,7 @@ class StepDPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         # Not DistributedDataParallel's: processes may have different numbers of forward passes here.
-        model = self._wrapped()
+        model = self._runnable_policy()
         if model is None:
             raise StepDPOError("evaluate: `train` shards the model; evaluate then, also by eval_on_start=True")
         model.eval()
@@ -560,7 +438,7 @@ class StepDPOTrainer(Trainer):
         meter.start()
         for batch, counts in equal_passes(self._evaluation_steps(dataloader), self.accelerator, self._nothing):
             batch = batch.to(self.args.device)
-            ref_logps = self._ref_logps(batch, dataset)
+            ref_logps = self.references.of_batch(batch, dataset)
             with self.compute_loss_context_manager():
                 output = self._packed_loss(model, batch, ref_logps, num_pairs=1)
             if not counts:
@@ -569,7 +447,7 @@ class StepDPOTrainer(Trainer):
             parts = (output.chosen_rewards, output.rejected_rewards, output.chosen_logps, output.rejected_logps)
             table[batch.pair_index] = torch.stack(parts, dim=1).float()
         reshard(model)
-        metrics = meter.drain(self.accelerator, losses_are_sums=True)
+        metrics = meter.drain(self.accelerator)
         rewards, logps = self.accelerator.reduce(table, reduction="sum").cpu().numpy().reshape(-1, 2, 2).swapaxes(0, 1)
         predictions, label_ids = (rewards, logps), np.zeros(len(dataset), dtype=np.int64)
         if self.compute_metrics is not None:

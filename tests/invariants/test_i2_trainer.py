@@ -74,7 +74,7 @@ def test_i2_with_the_reference_from_the_cache(tiny_model, pairs, tmp_path, monke
         trainer.train()
         check_start(seen, losses(trainer), len(pairs))
         # The second run has the cache and nothing else.
-        monkeypatch.setattr("stepdpo_kernels.trainer.trainer.compute_ref_logps", None)
+        monkeypatch.setattr("stepdpo_kernels.trainer.ref_logps.compute_ref_logps", None)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_reentrant": True}, {"use_reentrant": False}])

@@ -273,7 +273,7 @@ def test_i8_a_folder_that_cannot_be_written_to_is_found_before_anything_is_compu
 @pytest.fixture
 def locked(monkeypatch) -> Iterator[Path]:
     """A folder that nobody but its owner may write to, asked as another user where the tests run as root."""
-    monkeypatch.setattr("stepdpo_kernels.trainer.trainer.compute_ref_logps", None)
+    monkeypatch.setattr("stepdpo_kernels.trainer.ref_logps.compute_ref_logps", None)
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o555)
     root = os.geteuid() == 0

@@ -217,14 +217,14 @@ def test_logs_are_json_for_every_reader(tiny_model, pairs, config, monkeypatch, 
     def drain(accelerator, **options):
         logged = add(accelerator, **options)
         step = trainer.state.global_step
-        return logged | {"loss": -0.0 if step == 1 else math.nan, "rewards/margins": -math.inf}
+        return logged | {"logps/chosen": -0.0 if step == 1 else math.nan, "rewards/margins": -math.inf}
 
     monkeypatch.setattr(trainer._meter, "drain", drain)
     trainer.train()
-    assert [str(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry] == ["0.0", "nan"]
+    assert [str(e["logps/chosen"]) for e in trainer.state.log_history if "loss" in e] == ["0.0", "nan"]
     state = (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text()
     logged = json.loads(state, parse_constant=pytest.fail)["log_history"]
-    assert [(entry["loss"], entry["rewards/margins"]) for entry in logged] == [(0.0, None), (None, None)]
+    assert [(entry["logps/chosen"], entry["rewards/margins"]) for entry in logged] == [(0.0, None), (None, None)]
     again = StepDPOTrainer(tiny_model(), config(max_steps=3), pairs)
     again.train(resume_from_checkpoint=True)
     assert len([entry for entry in again.state.log_history if "loss" in entry]) == 3

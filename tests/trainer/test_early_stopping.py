@@ -138,6 +138,30 @@ def test_a_relative_output_folder(start, tmp_path, monkeypatch):
     assert (tmp_path / str(trainer.state.best_model_checkpoint)).resolve() == tmp_path / "run" / "checkpoint-3"
 
 
+def test_the_best_stays_where_a_run_is_resumed_by_another_path(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = [0.1, 0.2, 0.9, *[0.1] * 9]
+    with pytest.raises(KeyboardInterrupt):
+        start("eval_rewards/margins", values, patience=12, callbacks=[Stop], output_dir="run").train()
+    resumed = start("eval_rewards/margins", values, patience=12, max_steps=7)
+    resumed.train(resume_from_checkpoint=True)
+    assert entries(tmp_path / "run") == ["checkpoint-3", "checkpoint-7", "stepdpo_run.json"]
+    best = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-3"))
+    assert_same_weights(best, weights(resumed.model))
+
+
+def test_the_report_of_a_run_whose_best_is_gone(start, tmp_path):
+    """transformers forgets a best checkpoint that is no longer where it was."""
+    values = [0.1, 0.2, 0.9, *[0.1] * 9]
+    with pytest.raises(KeyboardInterrupt):
+        start("eval_rewards/margins", values, patience=12, callbacks=[Stop]).train()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = start("eval_rewards/margins", values, patience=12, max_steps=6, output_dir=str(tmp_path / "moved"))
+    moved.train(resume_from_checkpoint=True)
+    assert moved.state.best_model_checkpoint is None
+    assert "the best by" not in moved.write_report().read_text()
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 

@@ -63,7 +63,7 @@ def test_losses_of_a_run(options, tiny_model, pairs, config, tmp_path):
 
 
 def test_simpo_runs_no_reference(tiny_model, pairs, config, monkeypatch):
-    monkeypatch.setattr("stepdpo_kernels.trainer.trainer.compute_ref_logps", None)
+    monkeypatch.setattr("stepdpo_kernels.trainer.ref_logps.compute_ref_logps", None)
     trainer = StepDPOTrainer(tiny_model(), config(loss_type="simpo"), pairs[:8], eval_dataset=pairs[8:12])
     assert trainer.evaluate()["eval_loss"] > 0
     trainer.train()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from stepdpo_kernels.trainer import StepDPOTrainer
 from stepdpo_kernels.types import StepDPOError
@@ -109,14 +109,35 @@ def test_a_skipped_step_changes_nothing(tiny_model, pairs, config, tmp_path, cap
     assert losses(trainer) == pytest.approx(whole if logging_steps == 1 else [sum(whole) / 5], rel=1e-5)
 
 
-def test_a_skipped_gradient(tiny_model, pairs, config):
+@pytest.mark.parametrize("logging_steps", [1, 6])
+def test_a_skipped_gradient(tiny_model, pairs, config, logging_steps):
+    """Its finite loss is in no log."""
     copies = Weights()
-    trainer = StepDPOTrainer(tiny_model(), config(on_nonfinite="skip"), pairs, callbacks=[copies])
+    args = config(on_nonfinite="skip", logging_steps=logging_steps)
+    trainer = StepDPOTrainer(tiny_model(), args, pairs, callbacks=[copies])
     break_gradient(trainer, step=3)
+    seen = watch(trainer)
     trainer.train()
+    steps = [set(step) for step in steps_of(seen, 4, len(pairs))]
+    taken = [
+        sum(output.loss.item() for batch, output, _ in seen if set(batch.pair_index.tolist()) <= step) for step in steps
+    ]
+    del taken[2]
+    assert losses(trainer) == pytest.approx(taken if logging_steps == 1 else [sum(taken) / 5], rel=1e-5)
     assert_same_weights(copies.after[2], copies.after[1])
     assert not torch.equal(copies.after[3]["lm_head.weight"], copies.after[2]["lm_head.weight"])
     assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_a_norm_that_nobody_knows(tiny_model, pairs, config, monkeypatch, tmp_path):
+    """DeepSpeed computes none in float32 where it does not shard."""
+    trained = StepDPOTrainer(tiny_model(), config(max_grad_norm=0), pairs)
+    trained.train()
+    monkeypatch.setattr(Trainer, "_get_grad_norm", lambda *args, **options: None)
+    without = StepDPOTrainer(tiny_model(), config(max_grad_norm=0, output_dir=str(tmp_path / "without")), pairs)
+    without.train()
+    assert_same_weights(weights(without.model), weights(trained.model))
+    assert "grad_norm" not in without.state.log_history[0]
 
 
 def test_weights_that_overflow_are_found_in_the_reference(tiny_model, pairs, config, tmp_path):

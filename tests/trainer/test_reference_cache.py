@@ -33,7 +33,7 @@ def passes(monkeypatch) -> list[int]:
         counted.append(num_pairs)
         return compute(model, num_pairs, *args, **options)
 
-    monkeypatch.setattr("stepdpo_kernels.trainer.trainer.compute_ref_logps", count)
+    monkeypatch.setattr("stepdpo_kernels.trainer.ref_logps.compute_ref_logps", count)
     return counted
 
 
@@ -113,6 +113,16 @@ def test_what_changes_forests_or_precision_makes_another_key(tiny_model, pairs, 
         assert not any(output.margins.any() for _, output, _ in seen)
     assert passes == [24, 24]
     assert len(entries(tmp_path / "cache")) == 2
+
+
+def test_compiled_layers_make_another_key(tiny_model, pairs, config):
+    """Their bits are others, but a run may go on with them."""
+    keys = []
+    for fields in ({}, {"torch_compile": True}):
+        trainer = StepDPOTrainer(tiny_model(), config(**fields), pairs)
+        keys.append(trainer.reference_key("train", trainer.train_dataset))
+    assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["kernels"]
+    assert reference_module.key_differences(*keys) == []
 
 
 def test_the_evaluation_batch_makes_another_key(tiny_model, pairs, config, passes, tmp_path):

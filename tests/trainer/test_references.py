@@ -30,7 +30,7 @@ def test_in_every_step_as_once_before(tiny_model, pairs, config, tmp_path, refer
 
 
 def test_no_table_is_made_where_every_step_asks(tiny_model, pairs, config, tmp_path, monkeypatch):
-    monkeypatch.setattr("stepdpo_kernels.trainer.trainer.compute_ref_logps", None)
+    monkeypatch.setattr("stepdpo_kernels.trainer.ref_logps.compute_ref_logps", None)
     trainer = StepDPOTrainer(tiny_model(), config(reference="adapter_off"), pairs, peft_config=lora())
     trainer.train()
     assert trainer.train_dataset.ref_logps is None

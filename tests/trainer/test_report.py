@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,24 @@ def test_there_is_no_report_without_a_run(tiny_model, pairs, config, tmp_path):
     with pytest.raises(StepDPOError, match="nothing to report"):
         trainer.write_report()
     assert entries(tmp_path / "run") == []
+
+
+def test_a_run_by_an_older_version(trained, blank, tmp_path, caplog):
+    """What its run file lacks is said, and added where the run goes on."""
+    fields = dict(save_strategy="steps", save_steps=4)
+    trainer = trained(**fields)
+    file = tmp_path / "run" / "stepdpo_run.json"
+    run = json.loads(file.read_text())
+    file.write_text(json.dumps({name: run[name] for name in ("config", "reference", "pairs")}))
+    with pytest.raises(StepDPOError, match=r"lacks model, data, device, versions, reference_pass; to resume"):
+        trainer.write_report()
+    trainer.save_model()
+    assert "stepdpo_run.json is of an older version and lacks model, data" in caplog.text
+    assert "README.md" not in entries(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-10")
+    resumed = trained(resume=True, **fields)
+    assert json.loads(file.read_text()).keys() == run.keys()
+    assert f"fingerprint `{run['data']['train']['fingerprint'][:16]}`" in resumed.write_report().read_text()
 
 
 def test_only_the_main_process_writes(trained, monkeypatch, tmp_path):

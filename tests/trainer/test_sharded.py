@@ -214,6 +214,16 @@ def test_log_probs_stay_float32_under_fsdp2_in_bfloat16(train):
 
 
 @pytest.mark.slow
+def test_references_of_other_bits_are_not_read(train, tmp_path):
+    """FSDP2 casts also what autocast leaves in float32."""
+    cache = {"reference_cache_dir": str(tmp_path / "cache"), "bf16": True, "max_steps": 4}
+    for name, sharding in (("ddp", {}), ("fsdp2", FSDP2)):
+        run = train(name, (*TORCHRUN, "2"), **cache, **sharding)
+        assert run.history[0]["rewards/margins"] == 0.0
+    assert len(entries(tmp_path / "cache")) == 4  # of two datasets
+
+
+@pytest.mark.slow
 def test_steps_with_fewer_pairs_than_processes(train, tiny_model):
     options = {"pairs": 7, "pairs_per_step": 6, "save_steps": 2}
     one, three = train("one", **options), train("three", (*TORCHRUN, "3"), **options, **FSDP2)

@@ -1,0 +1,1 @@
+"""StepDPOLoss in loops of your own: plain PyTorch, accelerate, Lightning."""
