@@ -24,10 +24,13 @@ from stepdpo_kernels.integrations import axolotl as adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "axolotl" / "step_dpo.yml"
-SAID = "AxolotlStepDPOTrainer trains on packed prefix forests"
+SAID = "trains on packed prefix forests"
 STEPS = 3
 VARIANTS: dict[str, dict[str, Any]] = {
-    "reference model": {"gradient_checkpointing": False},
+    "reference model, a trainer of one's own": {
+        "gradient_checkpointing": False,
+        "trainer_cls": "axolotl.core.trainers.dpo.trainer.AxolotlDPOTrainer",
+    },
     "precomputed reference, checkpointing": {"precompute_ref_log_probs": True},
     "adapter, hinge": {
         "adapter": "lora",
