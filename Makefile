@@ -5,6 +5,7 @@
 #     make slow    the tests that take minutes
 #     make kernels  every Triton kernel compiled for every GPU, and interpreted; TRITON=3.6.0 asks for that version
 #     make trl     the integration into TRL, with every version of it that is supported
+#     make transformers  packing and models with the oldest and the newest transformers
 #     make llama-factory  LLaMA-Factory's own training on packed forests, with the versions that it wants
 #     make openrlhf  OpenRLHF's DPO command on packed forests, on the CPU and without DeepSpeed
 #     make axolotl  the plugin for Axolotl in Axolotl itself, which is installed beside the environment
@@ -16,7 +17,7 @@
 # On a machine that has torch, pytest and the rest, make PY=python test uses those and installs nothing.
 
 .DELETE_ON_ERROR:
-.PHONY: demo test slow kernels trl llama-factory openrlhf axolotl lint bench gpu clean env
+.PHONY: demo test slow kernels trl transformers llama-factory openrlhf axolotl lint bench gpu clean env
 
 PYTHON ?= python3
 # Alone and first: asking for "torch" together with the rest would let pip choose another one.
@@ -65,6 +66,13 @@ openrlhf: $(ENV) .cache/openrlhf/.installed
 	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(@D) -r $<
 	rm -rf $(@D)/tests $(@D)/torchaudio/lib/*.so
 	touch $@
+
+# Models are packed with the oldest and the newest transformers; the trainer wants the environment's.
+PACKED = tests/packing tests/model tests/loss tests/invariants/test_i1_families.py tests/invariants/test_i1_exact.py \
+	tests/invariants/test_i2_zero_margin.py tests/integrations/test_trl.py
+transformers: $(ENV) .cache/transformers-oldest/.installed
+	PYTHONPATH=.cache/transformers-oldest $(PY) -m pytest -m "not slow and not gpu" $(PACKED)
+	$(PY) -m pytest -m "not slow and not gpu" $(PACKED)
 
 # An environment that has Axolotl's versions, and finds everything else in ours.
 AXOLOTL_ENV := .cache/axolotl-0.19.0

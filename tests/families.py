@@ -102,7 +102,12 @@ FAMILIES: dict[str, Family] = {
         "Phi3",
         "Phi-3, Phi-4",
         "sliding window, partial and long rotary",
-        {"sliding_window": 7, "original_max_position_embeddings": 1024, "rope_parameters": LONG},
+        {
+            "sliding_window": 7,
+            "original_max_position_embeddings": 1024,
+            "rope_parameters": LONG,
+            "partial_rotary_factor": 0.5,  # where transformers 5.0 looks for it
+        },
     ),
     "olmo": Family("Olmo", "OLMo", "clipped queries, keys and values", {"clip_qkv": 1.0}),
     "olmo2": Family("Olmo2", "OLMo 2"),
@@ -211,6 +216,8 @@ def tiny_model(
                     parameter.normal_(std=0.15)
                 else:  # norms around 1, biases around 0
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    if kind == "gemma2":  # SDPA has no softcap, which transformers before 5.17 passes over
+        model.set_attn_implementation("eager")
     return model.to(dtype).eval()
 
 

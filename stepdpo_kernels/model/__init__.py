@@ -12,6 +12,7 @@ from stepdpo_kernels.model.support import (
     why_not,
 )
 from stepdpo_kernels.model.verify import verify_first_batch
+from stepdpo_kernels.model.versions import require_transformers
 
 __all__ = [
     "SUPPORTED_MODEL_TYPES",
@@ -25,6 +26,7 @@ __all__ = [
     "max_path",
     "packed_forward",
     "padded_logps",
+    "require_transformers",
     "verify_first_batch",
     "verify_once",
     "why_not",

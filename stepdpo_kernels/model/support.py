@@ -161,7 +161,7 @@ def max_path(config: Any) -> int | None:
     bounds = []
     for rope in _rope_parameters(config):
         if rope["rope_type"] == "longrope":
-            bounds.append(rope["original_max_position_embeddings"])
+            bounds.append(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
         elif rope["rope_type"] == "dynamic":
             bounds.append(config.max_position_embeddings)
     return min(bounds, default=None)

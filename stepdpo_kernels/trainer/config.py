@@ -10,8 +10,11 @@ import torch
 from transformers import TrainingArguments
 
 from stepdpo_kernels.loss import LOSS_TYPES, StepDPOLoss
+from stepdpo_kernels.model import require_transformers
 from stepdpo_kernels.packing import SHARE_MODES
 from stepdpo_kernels.types import StepDPOError
+
+require_transformers("5.17", "StepDPOTrainer")  # here, before another module asks an older one for what it lacks
 
 REFERENCES = ("precomputed", "adapter_off", "model", "none")
 ORDERS = ("random", "grouped", "sequential")

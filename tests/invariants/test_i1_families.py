@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel
 
 from stepdpo_kernels.packing import pack_pairs
@@ -43,6 +45,8 @@ def _levels(plan: TreePlan) -> int:
 @pytest.mark.parametrize("training", TRAINING)
 @pytest.mark.parametrize("share", ["tree", pytest.param("pair", marks=pytest.mark.slow)])
 def test_gradients_of_a_family(tiny_model: Make, kind: str, training: str, share: str) -> None:
+    if kind == "deepseek_v3" and "lora" in training and Version(transformers.__version__) < Version("5.17"):
+        pytest.skip("this PEFT wraps experts in a way that this transformers does not know")
     pairs = forest_pairs()
     model = family_model(tiny_model, kind, training)
     refs = references_near(model, pairs)
@@ -83,7 +87,10 @@ def test_the_same_bits_twice(tiny_model: Make, kind: str) -> None:
         ("cohere", {"logit_scale": 0.5}),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
         ("smollm3", {"no_rope_layers": [1, 1]}),
-        ("phi3", {"rope_parameters": LONG | dict.fromkeys(("short_factor", "long_factor"), [1.0] * 8) | WHOLE}),
+        (
+            "phi3",
+            {"rope_parameters": LONG | dict.fromkeys(("short_factor", "long_factor"), [1.0] * 8) | WHOLE, **WHOLE},
+        ),
         ("phi3", {"rope_parameters": LONG | {"short_factor": LONG["long_factor"]}}),
         ("olmo", {"clip_qkv": None}),
         *((kind, {"sliding_window": 8}) for kind, family in FAMILIES.items() if "sliding_window" in family.config),
