@@ -6,7 +6,6 @@ all processes must make the same number of passes, whatever their shares of a st
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from stepdpo_kernels.model import causal_lm, verify_first_batch
+from stepdpo_kernels.trainer.config import asked_of_accelerate
 from stepdpo_kernels.types import PackedBatch
 
 
@@ -33,7 +33,7 @@ def shard_by_fsdp2(accelerator: Accelerator, plugin_args: dict[str, Any] | None)
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true"):  # accelerate's own mark of a plugin
+        if not asked_of_accelerate("FSDP"):  # by the command, or by its class that TrainingArguments makes
             return False
         plugin = FullyShardedDataParallelPlugin(**(plugin_args or {}))
         if accelerator.mixed_precision != "no":

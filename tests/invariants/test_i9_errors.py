@@ -366,6 +366,25 @@ def test_i9_options_that_would_replace_or_skip_our_forward(tiny_model, pairs, tm
     assert entries(tmp_path) == ["pairs.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("label_smoothing_factor", 0.1),
+        ("torch_empty_cache_steps", 1),
+        ("batch_eval_metrics", True),
+        ("include_for_metrics", ["loss"]),
+        ("prediction_loss_only", True),
+        ("include_num_input_tokens_seen", "all"),
+        ("dataloader_in_order", False),
+        ("optim", "lomo"),
+    ],
+)
+def test_i9_settings_that_would_have_no_effect(tiny_model, pairs, tmp_path, option, value):
+    with pytest.raises(StepDPOError, match=f"^{option}(=lomo)?: not supported by StepDPOTrainer"):
+        StepDPOTrainer(tiny_model(), make_config(tmp_path, **{option: value}), pairs)
+    assert entries(tmp_path) == ["pairs.jsonl"]
+
+
 @pytest.mark.parametrize("option", ["preprocess_logits_for_metrics", "compute_loss_func", "data_collator"])
 def test_i9_arguments_that_would_have_no_effect(tiny_model, pairs, tmp_path, option):
     with pytest.raises(StepDPOError, match=f"{option}: not supported by StepDPOTrainer"):
