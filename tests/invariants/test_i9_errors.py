@@ -136,7 +136,9 @@ def test_i9_pair_over_the_budget(refused, records):
 
 def test_i9_bad_evaluation_data(refused, records, tmp_path):
     bad = write_jsonl(tmp_path / "eval.jsonl", [*records[:1], "[]"])
-    assert "eval.jsonl, line 2: a record must be an object" in refused("--eval_data", str(bad))
+    assert "eval.jsonl, line 2: a record must be an object" in refused(
+        "--eval_data", str(bad), "--eval_strategy", "epoch"
+    )
 
 
 # ---- model and tokenizer --------------------------------------------------------------------------------------------
