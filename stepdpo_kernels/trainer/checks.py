@@ -18,6 +18,7 @@ from stepdpo_kernels.data import check_vocabulary
 from stepdpo_kernels.model import causal_lm, head_options, max_path
 from stepdpo_kernels.packing import size_of_pair
 from stepdpo_kernels.trainer.config import StepDPOConfig, asked_of_accelerate
+from stepdpo_kernels.trainer.sharding import zero_stage
 from stepdpo_kernels.types import StepDPOError, StepPair
 
 logger = logging.getLogger("stepdpo_kernels")
@@ -64,10 +65,9 @@ def check_accelerator(accelerator: Accelerator, model: nn.Module) -> None:
         refuse_mode("tensor, context or sequence parallelism")
     if getattr(causal_lm(model), "is_distributed_loading_by_transformers", False):
         refuse_mode("a model that from_pretrained has distributed")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        settings = state.deepspeed_plugin.deepspeed_config
-        zero = settings.get("zero_optimization", {})
-        if zero.get("stage", 0) == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and zero_stage(accelerator) == 3:
+        zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if not zero.get("stage3_gather_16bit_weights_on_model_save"):
             raise StepDPOError(
                 "deepspeed: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true, without which "
                 "the trained model is not saved as one that transformers loads"

@@ -52,6 +52,12 @@ def runs_in_lockstep(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's: what it shards of optimiser (1), gradients (2) and weights (3)."""
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
 def same_for_all(accelerator: Accelerator, value: str) -> str:
     """The first process's where weights are sharded: with `cpu_ram_efficient_loading` it alone has read them so far."""
     return broadcast_object_list([value])[0] if runs_in_lockstep(accelerator) else value
@@ -75,7 +81,7 @@ def shard_reference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     import deepspeed
 
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
-    zero = {"stage": 3 if settings["zero_optimization"]["stage"] == 3 else 0}
+    zero = {"stage": 3 if zero_stage(accelerator) == 3 else 0}
     frozen = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "bf16": settings.get("bf16", {})}
     engine, *_ = deepspeed.initialize(model=model, config=frozen)
     return engine
