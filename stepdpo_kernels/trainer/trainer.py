@@ -17,7 +17,7 @@ from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput
 
 from stepdpo_kernels.loss import StepDPOOutput
 from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward, head_options
@@ -224,6 +224,8 @@ class StepDPOTrainer(Trainer):
         sampler = step_sampler(dataset, self.args.per_device_eval_batch_size * self.args.world_size, self.args)
         return step_loader(dataset, sampler, self.data_collator, self.args)
 
+    get_test_dataloader = get_eval_dataloader
+
     def _order_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
@@ -408,15 +410,32 @@ class StepDPOTrainer(Trainer):
         """
         self._meter.pause()
         self.prepare_references()
-        if eval_dataset is not None and not isinstance(eval_dataset, IndexedPairs):
-            check_pairs(eval_dataset, "eval_dataset", self.model, self.args)
-            eval_dataset = IndexedPairs(eval_dataset)
-            if not self.loss.reference_free:
-                gone = self.ref_model is None and self.args.reference == "precomputed"
-                if gone and self.state.global_step > 0:
-                    raise StepDPOError("eval_dataset: give it to StepDPOTrainer at the start, or pass a ref_model")
-                self.references.fill("eval", eval_dataset, partial(self.get_eval_dataloader, eval_dataset))
+        if eval_dataset is not None:
+            eval_dataset = self._with_references(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self,
+        test_dataset: Sequence[StepPair] | IndexedPairs,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """As `evaluate`, with what `compute_metrics` is given: (rewards, log-probs), each (N, 2), and (N,) zeros."""
+        self._meter.pause()
+        self.prepare_references()
+        return super().predict(self._with_references(test_dataset, "test_dataset"), ignore_keys, metric_key_prefix)
+
+    def _with_references(self, pairs: Sequence[StepPair] | IndexedPairs, name: str) -> IndexedPairs:
+        if isinstance(pairs, IndexedPairs):
+            return pairs
+        check_pairs(pairs, name, self.model, self.args)
+        dataset = IndexedPairs(pairs)
+        if not self.loss.reference_free:
+            gone = self.ref_model is None and self.args.reference == "precomputed"
+            if gone and self.state.global_step > 0:
+                raise StepDPOError(f"{name}: give it to StepDPOTrainer at the start, as eval_dataset, or a ref_model")
+            self.references.fill("eval", dataset, partial(self.get_eval_dataloader, dataset))
+        return dataset
 
     @torch.no_grad()
     def evaluation_loop(
