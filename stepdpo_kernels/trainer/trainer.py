@@ -318,21 +318,26 @@ class StepDPOTrainer(Trainer):
         """As Trainer's, called between backward and the update: where something is not finite there is no update."""
         norm = super()._get_grad_norm(model, grad_norm)
         self._steps += 1
-        finite = finite_losses(self._parts, self.args.device)
-        if not self.args.fp16:  # whose gradients overflow now and then, which its scaler answers
-            finite = finite * float(norm is None or math.isfinite(norm))  # DeepSpeed may know of none
+        own = finite_losses(self._parts, self.args.device)
+        # In fp16 gradients overflow now and then, which its scaler answers; and DeepSpeed may know of no norm.
+        gradient = float(self.args.fp16 or norm is None or math.isfinite(norm))
+        finite = torch.stack([own, torch.full_like(own, gradient)])
         if self.args.world_size > 1:
             finite = self.accelerator.reduce(finite, reduction="sum") / self.args.world_size
-        if float(finite) == 1:
+        losses, gradients = finite.tolist()
+        if losses == gradients == 1:
             for batch, output in self._parts:
                 self._meter.add(batch, output)
             return norm
-        self._refuse_update(model)
+        self._refuse_update(model, elsewhere=not self._parts or (losses < 1 and bool(own)))
         return None
 
-    def _refuse_update(self, model: nn.Module) -> None:
-        """Names the pairs of this process and stops, or empties the gradients so that the optimiser changes nothing."""
-        what = culprits(self._parts, self.train_dataset.pairs) if self._parts else "not by a pair of this process"
+    def _refuse_update(self, model: nn.Module, *, elsewhere: bool) -> None:
+        """Names the pairs of this process and stops, or empties the gradients so that the optimiser changes nothing.
+
+        elsewhere: a loss of another process is at fault
+        """
+        what = "not by a pair of this process" if elsewhere else culprits(self._parts, self.train_dataset.pairs)
         where = f"step {self.state.global_step + 1}: not finite: {what}"
         if self.args.on_nonfinite == "stop":
             # DeepSpeed takes its step within the backward pass
