@@ -107,8 +107,6 @@ def parse(arguments: list[str]) -> tuple[DataAndModel, StepDPOConfig]:
         parser.error(f"unknown option {unknown[0]!r}")
     if config.eval_strategy != "no" and options.eval_data is None:
         parser.error(f"eval_strategy {config.eval_strategy.value!r} needs eval_data")
-    if config.eval_strategy == "no" and not config.eval_on_start and options.eval_data is not None:
-        parser.error("eval_data needs eval_strategy: nobody would evaluate on it")
     if not options.lora_r:
         for name in ("load_in_4bit", "merge_adapter", "lora_dropout", "lora_alpha"):
             if getattr(options, name):
@@ -119,6 +117,8 @@ def parse(arguments: list[str]) -> tuple[DataAndModel, StepDPOConfig]:
         if config.eval_strategy == "no" or config.metric_for_best_model is None:
             parser.error("early_stopping_patience needs eval_strategy and metric_for_best_model")
         config.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
+    if config.eval_strategy == "no" and not config.eval_on_start and options.eval_data is not None:
+        parser.error("eval_data needs eval_strategy: nobody would evaluate on it")
     return options, config
 
 

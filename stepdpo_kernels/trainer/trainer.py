@@ -46,6 +46,7 @@ from stepdpo_kernels.trainer.ref_logps import RefLogps
 from stepdpo_kernels.trainer.reference import frozen, key_differences
 from stepdpo_kernels.trainer.report import REPORT_FILE, write_report
 from stepdpo_kernels.trainer.run_folder import (
+    changed_settings,
     check_output_dir,
     check_writable,
     describe_run,
@@ -263,14 +264,8 @@ class StepDPOTrainer(Trainer):
                 )
         known = {} if checkpoint is None else read_run_file(output_dir)
         begins = self.is_world_process_zero() and not known
-        if begins or (self.is_world_process_zero() and missing_parts(known)):
-            eval_pairs = None if self.eval_dataset is None else self.eval_dataset.pairs
-            description = {
-                **describe_run(self.args, self.model, self.train_dataset.pairs, eval_pairs),
-                "reference": self.references.keys,
-                "reference_pass": {"computed": self.references.computed, "seconds": self.references.seconds},
-            }
-            write_run_file(output_dir, description | known)
+        if self.is_world_process_zero():
+            write_run_file(output_dir, self._describe(known, checkpoint))
         self._meter.reset()
         self._steps, self._skipped = 0, 0
         try:
@@ -279,6 +274,20 @@ class StepDPOTrainer(Trainer):
             if begins:
                 remove_unstarted_run(output_dir)
             raise
+
+    def _describe(self, known: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
+        """What the run file is to hold: what it holds, what it lacks, and what goes on otherwise from a checkpoint."""
+        if missing_parts(known):
+            eval_pairs = None if self.eval_dataset is None else self.eval_dataset.pairs
+            return {
+                **describe_run(self.args, self.model, self.train_dataset.pairs, eval_pairs),
+                "reference": self.references.keys,
+                "reference_pass": {"computed": self.references.computed, "seconds": self.references.seconds},
+            } | known
+        changed = changed_settings(known, self.args)
+        if checkpoint is None or not changed:
+            return known
+        return known | {"resumed": [*known.get("resumed", []), {"from": checkpoint.name, "config": changed}]}
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
