@@ -294,6 +294,8 @@ class StepDPOTrainer(Trainer):
         self.is_fsdp_enabled = shard_by_fsdp2(self.accelerator, self.args.fsdp_plugin_args)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # Trainer takes a step before it sees that a run which is resumed was over
         self._meter.start()  # packing is part of a step's time
         return super().get_batch_samples(*args, **kwargs)
 
