@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ from stepdpo_kernels.trainer.run_folder import check_output_dir, put_in_place, s
 from stepdpo_kernels.types import StepDPOError
 
 INTERRUPTED = 130  # exit status, as shells give it for Ctrl-C
+ALL_LINEAR = "all-linear"  # peft's word
 
 
 @dataclass
@@ -56,7 +58,7 @@ class DataAndModel:
     lora_alpha: int | None = field(default=None, metadata={"help": "Its scale; twice the rank unless given."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Its dropout."})
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
+        default_factory=lambda: [ALL_LINEAR],
         metadata={"help": "Layers that get one: names, or all-linear, which leaves the head out."},
     )
     load_in_4bit: bool = field(
@@ -109,10 +111,14 @@ def parse(arguments: list[str]) -> tuple[DataAndModel, StepDPOConfig]:
         for name in ("load_in_4bit", "merge_adapter", "lora_dropout", "lora_alpha"):
             if getattr(options, name):
                 parser.error(f"{name} needs an adapter: give lora_r")
+        if options.lora_target_modules != [ALL_LINEAR]:
+            parser.error("lora_target_modules needs an adapter: give lora_r")
     if options.early_stopping_patience is not None:
         if config.eval_strategy == "no" or config.metric_for_best_model is None:
             parser.error("early_stopping_patience needs eval_strategy and metric_for_best_model")
         config.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
+    if config.eval_strategy == "no" and not config.eval_on_start and options.eval_data is not None:
+        parser.error("eval_data needs eval_strategy: nobody would evaluate on it")
     return options, config
 
 
@@ -150,7 +156,7 @@ def train(context: typer.Context) -> None:
         raise typer.Exit(INTERRUPTED) from None
     finally:
         for folder in made:
-            if folder.is_dir() and not any(folder.iterdir()):
+            with suppress(OSError):  # one that holds something, or that another process has removed
                 folder.rmdir()
 
 
@@ -160,6 +166,7 @@ def _resume(value: str | None) -> str | bool | None:
 
 
 def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None) -> None:
+    speaks = config.process_index == 0
     tokenizer = load_tokenizer(options.tokenizer or options.model)
 
     def load(path: str) -> Any:
@@ -175,7 +182,8 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
             strict=options.strict,
             limit=options.limit,
         )
-        typer.echo(str(pairs.report))
+        if speaks:
+            typer.echo(str(pairs.report))
         return pairs
 
     if options.dry_run:
@@ -198,7 +206,7 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
         _check_mergeable(trainer.model)
     if options.dry_run:
         plan = trainer.plan()
-        if trainer.is_world_process_zero():
+        if speaks:
             typer.echo(str(plan))
             print_pair(Console(highlight=False), pairs[0], tokenizer)
             typer.echo("\ndry run: nothing was trained or written")
@@ -206,9 +214,11 @@ def _run(options: DataAndModel, config: StepDPOConfig, resume: str | bool | None
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     report = trainer.write_report()
+    if not speaks:
+        return
     typer.echo(f"trained {trainer.state.global_step} steps on {len(pairs)} pairs; the model is in {config.output_dir}")
     typer.echo(f"what came of it is in {report}")
-    if options.merge_adapter and trainer.is_world_process_zero():
+    if options.merge_adapter:
         _save_merged(options, config)
 
 
@@ -221,7 +231,7 @@ def _adapter(options: DataAndModel) -> Any:
         r=options.lora_r,
         lora_alpha=2 * options.lora_r if options.lora_alpha is None else options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules="all-linear" if options.lora_target_modules == ["all-linear"] else options.lora_target_modules,
+        target_modules=ALL_LINEAR if options.lora_target_modules == [ALL_LINEAR] else options.lora_target_modules,
         task_type="CAUSAL_LM",
     )
 

@@ -12,12 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.training_args import ParallelMode
+from transformers.training_args import OptimizerNames, ParallelMode
 
 from stepdpo_kernels.data import check_vocabulary
 from stepdpo_kernels.model import causal_lm, head_options, max_path
 from stepdpo_kernels.packing import size_of_pair
-from stepdpo_kernels.trainer.config import StepDPOConfig
+from stepdpo_kernels.trainer.config import StepDPOConfig, asked_of_accelerate
+from stepdpo_kernels.trainer.sharding import zero_stage
 from stepdpo_kernels.types import StepDPOError, StepPair
 
 logger = logging.getLogger("stepdpo_kernels")
@@ -31,12 +32,12 @@ def check_distribution(args: StepDPOConfig) -> None:
             "launch, or choose one with CUDA_VISIBLE_DEVICES"
         )
     fsdp = args.fsdp_config or {}
-    by_launch = _asked_of_accelerate("FSDP") and not args.fsdp
+    by_launch = asked_of_accelerate("FSDP") and not args.fsdp
     if fsdp.get("xla"):
         refuse_mode("XLA")
     if str(fsdp.get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", "1") if by_launch else 2) != "2":
         refuse_mode("FSDP1")
-    deepspeed = args.deepspeed or _asked_of_accelerate("DEEPSPEED")
+    deepspeed = args.deepspeed or asked_of_accelerate("DEEPSPEED")
     if deepspeed and args.distributed_state.distributed_type != DistributedType.DEEPSPEED:
         raise StepDPOError(
             "deepspeed shards over processes with a GPU each: start them with torchrun or accelerate launch (on CPUs, "
@@ -44,16 +45,12 @@ def check_distribution(args: StepDPOConfig) -> None:
         )
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise StepDPOError("fsdp shards over processes: start them with torchrun or accelerate launch")
-    if _asked_of_accelerate("MEGATRON_LM"):
+    if asked_of_accelerate("MEGATRON_LM"):
         refuse_mode("Megatron-LM")
-    if args.on_nonfinite == "skip" and (args.deepspeed or _asked_of_accelerate("DEEPSPEED")):
+    if args.on_nonfinite == "skip" and deepspeed:
         raise StepDPOError("on_nonfinite='skip': DeepSpeed takes its step within the backward pass; leave it at 'stop'")
     if args.fp16 and (args.fsdp or by_launch or deepspeed):
         raise StepDPOError("fp16 with sharded weights is not supported: use bf16")
-
-
-def _asked_of_accelerate(mode: str) -> bool:
-    return os.environ.get(f"ACCELERATE_USE_{mode}", "").lower() in ("1", "true")
 
 
 def check_accelerator(accelerator: Accelerator, model: nn.Module) -> None:
@@ -68,10 +65,9 @@ def check_accelerator(accelerator: Accelerator, model: nn.Module) -> None:
         refuse_mode("tensor, context or sequence parallelism")
     if getattr(causal_lm(model), "is_distributed_loading_by_transformers", False):
         refuse_mode("a model that from_pretrained has distributed")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        settings = state.deepspeed_plugin.deepspeed_config
-        zero = settings.get("zero_optimization", {})
-        if zero.get("stage", 0) == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and zero_stage(accelerator) == 3:
+        zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if not zero.get("stage3_gather_16bit_weights_on_model_save"):
             raise StepDPOError(
                 "deepspeed: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true, without which "
                 "the trained model is not saved as one that transformers loads"
@@ -84,6 +80,11 @@ _REFUSED_SETTINGS = (
     "auto_find_batch_size",
     "bf16_full_eval",
     "fp16_full_eval",
+    "label_smoothing_factor",
+    "torch_empty_cache_steps",
+    "batch_eval_metrics",
+    "include_for_metrics",
+    "prediction_loss_only",
 )
 _REFUSED_ARGUMENTS = ("compute_loss_func", "preprocess_logits_for_metrics", "data_collator")
 
@@ -91,6 +92,10 @@ _REFUSED_ARGUMENTS = ("compute_loss_func", "preprocess_logits_for_metrics", "dat
 def check_options(args: StepDPOConfig, trainer_options: dict[str, Any]) -> None:
     """Raises StepDPOError for options of transformers' Trainer that do not work here, by name."""
     refused = [name for name in _REFUSED_SETTINGS if getattr(args, name, None)]
+    refused += ["include_num_input_tokens_seen"] * (args.include_num_input_tokens_seen != "no")
+    refused += ["dataloader_in_order"] * (not getattr(args, "dataloader_in_order", True))
+    if args.optim in ("lomo", "adalomo"):  # which update within each backward pass
+        refused.append(f"optim={OptimizerNames(args.optim).value}")
     refused += [name for name in _REFUSED_ARGUMENTS if trainer_options.get(name) is not None]
     if refused:
         raise StepDPOError(f"{', '.join(refused)}: not supported by StepDPOTrainer; leave it out")

@@ -120,5 +120,6 @@ def step_loader(
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         prefetch_factor=args.dataloader_prefetch_factor,
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from stepdpo_kernels.loss import LOSS_TYPES, StepDPOLoss
@@ -22,6 +22,11 @@ ON_NONFINITE = ("stop", "skip")
 
 
 PAIRS_PER_STEP = 128  # of the released scripts, over all processes
+
+
+def asked_of_accelerate(mode: str) -> bool:
+    """Whether `accelerate launch` was told to use "FSDP", "DEEPSPEED" or "MEGATRON_LM"."""
+    return parse_flag_from_env(f"ACCELERATE_USE_{mode}")
 
 
 @dataclass
@@ -157,8 +162,7 @@ class StepDPOConfig(TrainingArguments):
             raise StepDPOError("remove_unused_columns must be False: step pairs have no columns")
         # Trainer asks for use_cpu before it takes bf16 there; without an accelerator there is nothing else to mean. But
         # accelerate would then leave DeepSpeed aside, which has its own way of finding devices.
-        deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
-        if not torch.accelerator.is_available() and not deepspeed:
+        if not torch.accelerator.is_available() and not (self.deepspeed or asked_of_accelerate("DEEPSPEED")):
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

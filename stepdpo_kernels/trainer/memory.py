@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from stepdpo_kernels.model import causal_lm
+from stepdpo_kernels.types import StepDPOError
 
 SHARDINGS = ("none", "ddp", "fsdp", "zero3")
 CHUNK_ROWS = 1024  # rows whose float32 logits the head holds at once on a GPU
@@ -87,9 +88,14 @@ class ModelSizes:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelSizes:
-        """Of a transformers causal language model, also one on the meta device or wrapped by PEFT."""
+        """Of a transformers causal language model, also one on the meta device or wrapped by PEFT.
+
+        Raises StepDPOError for one whose layers or whose configuration's sizes do not have the names of Llama's.
+        """
         lm = causal_lm(model)
         config: Any = lm.config
+        if not hasattr(lm.base_model, "layers") or not hasattr(config, "intermediate_size"):
+            raise StepDPOError(f"model {type(lm).__name__}: its sizes do not have the names that Llama's have")
         layers = lm.base_model.layers
         widest = max(layers, key=_count)
         tensors = [*model.parameters(), *model.buffers()]

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from stepdpo_kernels.model import causal_lm
 from stepdpo_kernels.trainer.collate import IndexedPairs
 from stepdpo_kernels.trainer.memory import MemoryPlan, ModelSizes, plan_memory
 from stepdpo_kernels.trainer.reference import cached_table
-from stepdpo_kernels.types import PackedBatch
+from stepdpo_kernels.trainer.sharding import zero_stage
+from stepdpo_kernels.types import PackedBatch, StepDPOError
 
 if TYPE_CHECKING:
     from stepdpo_kernels.trainer.trainer import StepDPOTrainer
@@ -79,7 +81,8 @@ class TrainingPlan:
     reference:        forward passes, over all processes, that the reference's log-probs take before training, by
                       dataset ("train", "eval"): 0 where they are cached; empty unless they are precomputed
     learning_rate:    its peak, and the `schedule` after `warmup_steps` optimiser steps
-    memory:           estimated bytes for each process
+    memory:           estimated bytes for each process; None where `memory.py` cannot tell, for DeepSpeed below ZeRO-3
+                      and for models whose configuration is not like Llama's
     """
 
     pairs: int
@@ -97,7 +100,7 @@ class TrainingPlan:
     learning_rate: float
     schedule: str
     warmup_steps: int
-    memory: MemoryPlan
+    memory: MemoryPlan | None
 
     @property
     def fill(self) -> float:
@@ -128,7 +131,9 @@ class TrainingPlan:
                 for name, passes in self.reference.items()
             )
             or _EVERY_STEP.get(self.reference_mode, "none"),
-            "memory": f"about {self.memory} (estimated, for each process)",
+            "memory": f"about {self.memory} (estimated, for each process)"
+            if self.memory is not None
+            else "not estimated for this model or this way of sharding",
         }
         if self.evaluation is not None:
             lines["evaluation"] = f"{self.evaluation.batches:,} forward passes, {self.evaluation.tokens:,} tokens"
@@ -189,23 +194,38 @@ def _left_out_of_steps(trainer: StepDPOTrainer, name: str, dataset: IndexedPairs
     return len(trainer.data_collator([dataset[i] for i in range(len(dataset)) if i not in drawn]))
 
 
-def _memory(trainer: StepDPOTrainer, epoch: EpochPlan) -> MemoryPlan:
+def sharding_of(accelerator: Accelerator) -> str | None:
+    """In the words of `plan_memory`; None where it has none."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return "zero3" if zero_stage(accelerator) == 3 else None
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp"
+    return "ddp" if accelerator.num_processes > 1 else "none"
+
+
+def _memory(trainer: StepDPOTrainer, epoch: EpochPlan) -> MemoryPlan | None:
     args: Any = trainer.args
-    by_mode = {"FSDP": "fsdp", "DEEPSPEED": "zero3"}
+    sharding = sharding_of(trainer.accelerator)
+    try:
+        sizes = ModelSizes.of(trainer.model)
+    except StepDPOError:
+        return None
+    if sharding is None:
+        return None
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else causal_lm(trainer.model).dtype
     plan = plan_memory(
-        ModelSizes.of(trainer.model),
+        sizes,
         max_tokens=epoch.largest_tokens,
         max_rows=epoch.largest_rows,
         max_keys=epoch.largest_keys if args.device.type == "cuda" else 0,
         world_size=args.world_size,
-        sharding=by_mode.get(trainer.accelerator.distributed_type.value, "ddp" if args.world_size > 1 else "none"),
+        sharding=sharding,
         compute=compute,
         optimizer=str(getattr(args.optim, "value", args.optim)),
         checkpointing=bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing),
     )
     if args.reference != "model":
         return plan
-    shards = args.world_size if trainer.accelerator.distributed_type.value in by_mode else 1
+    shards = args.world_size if sharding in ("fsdp", "zero3") else 1
     second: Any = trainer.ref_model
     return replace(plan, reference=ModelSizes.of(second).stored // shards)

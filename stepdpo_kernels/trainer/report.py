@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerState
 
-from stepdpo_kernels.trainer.run_folder import RUN_FILE, missing_parts, put_in_place, read_run_file, staged, versions
+from stepdpo_kernels.trainer.run_folder import (
+    RUN_FILE,
+    missing_parts,
+    put_in_place,
+    read_run_file,
+    settings_now,
+    staged,
+    versions,
+)
 from stepdpo_kernels.types import StepDPOError
 
 logger = logging.getLogger("stepdpo_kernels")
@@ -86,11 +94,16 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def settings_table(run: Mapping[str, Any]) -> str:
+    """Those that a run began with, and below what changed where it was resumed."""
     config = run["config"]
     rows = [(f"`{name}`", f"{config[name]}") for name in _SETTINGS if config.get(name) is not None]
     if (config.get("max_steps") or 0) > 0:
         rows.append(("`max_steps`", f"{config['max_steps']}"))
-    return markdown_table(("setting", "value"), rows)
+    table = markdown_table(("setting", "value"), rows)
+    for part in run.get("resumed", []):
+        changed = [f"`{name}` {part['config'][name]}" for name in (*_SETTINGS, "max_steps") if name in part["config"]]
+        table += f"\n\nFrom {part['from']} on: {', '.join(changed)}." if changed else ""
+    return table
 
 
 def results_table(run: Mapping[str, Any], state: TrainerState) -> str:
@@ -111,13 +124,13 @@ def results_table(run: Mapping[str, Any], state: TrainerState) -> str:
 
 def kept_step(run: Mapping[str, Any], state: TrainerState) -> int:
     """The optimiser step whose model is there at the end."""
-    if run["config"].get("load_best_model_at_end") and state.best_model_checkpoint and state.best_global_step:
+    if settings_now(run).get("load_best_model_at_end") and state.best_model_checkpoint and state.best_global_step:
         return state.best_global_step
     return state.global_step
 
 
 def what_was_trained(run: Mapping[str, Any], state: TrainerState) -> str:
-    model, config = run["model"], run["config"]
+    model = run["model"]
     adapter = f" with a {model['adapter']} adapter" if model["adapter"] else ""
     epochs = f"{state.epoch or 0:.3g}"
     text = (
@@ -130,7 +143,7 @@ def what_was_trained(run: Mapping[str, Any], state: TrainerState) -> str:
         text += f" Training stopped before step {state.max_steps:,}, the last one planned."
     kept = kept_step(run, state)
     if kept != state.global_step:
-        text += f" The model is that of step {kept:,}, the best by `{config['metric_for_best_model']}`."
+        text += f" The model is that of step {kept:,}, the best by `{settings_now(run)['metric_for_best_model']}`."
     return text
 
 

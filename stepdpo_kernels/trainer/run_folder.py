@@ -95,7 +95,7 @@ def describe_run(
     trainable, every = count_parameters(model)
     data = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
     return {
-        "config": {k: v if _is_finite(v) else str(v) for k, v in args.to_dict().items()},
+        "config": _settings(args),
         "model": {
             "name": causal_lm(model).config._name_or_path,
             "type": causal_lm(model).config.model_type,
@@ -108,6 +108,26 @@ def describe_run(
         "device": describe_device(args),
         "versions": versions(),
     }
+
+
+def _settings(args: TrainingArguments) -> dict[str, Any]:
+    settings = {k: v if _is_finite(v) else str(v) for k, v in args.to_dict().items()}
+    found: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return found
+
+
+def settings_now(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that a run file says were in force last: of its beginning, and what changed where it was resumed."""
+    settings = dict(run["config"])
+    for part in run.get("resumed", []):
+        settings |= part["config"]
+    return settings
+
+
+def changed_settings(run: Mapping[str, Any], args: TrainingArguments) -> dict[str, Any]:
+    """What differs from the settings that a run file says were in force last."""
+    before = settings_now(run)
+    return {name: value for name, value in _settings(args).items() if name not in before or before[name] != value}
 
 
 def describe_pairs(pairs: Sequence[StepPair]) -> dict[str, Any]:

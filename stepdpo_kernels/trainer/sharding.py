@@ -6,7 +6,6 @@ all processes must make the same number of passes, whatever their shares of a st
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from stepdpo_kernels.model import causal_lm, verify_first_batch
+from stepdpo_kernels.trainer.config import asked_of_accelerate
 from stepdpo_kernels.types import PackedBatch
 
 
@@ -33,7 +33,7 @@ def shard_by_fsdp2(accelerator: Accelerator, plugin_args: dict[str, Any] | None)
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true"):  # accelerate's own mark of a plugin
+        if not asked_of_accelerate("FSDP"):  # by the command, or by its class that TrainingArguments makes
             return False
         plugin = FullyShardedDataParallelPlugin(**(plugin_args or {}))
         if accelerator.mixed_precision != "no":
@@ -50,6 +50,12 @@ def shard_by_fsdp2(accelerator: Accelerator, plugin_args: dict[str, Any] | None)
 def runs_in_lockstep(accelerator: Accelerator) -> bool:
     """Whether all processes must make the same number of forward and backward passes."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's: what it shards of optimiser (1), gradients (2) and weights (3)."""
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def same_for_all(accelerator: Accelerator, value: str) -> str:
@@ -75,7 +81,7 @@ def shard_reference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     import deepspeed
 
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
-    zero = {"stage": 3 if settings["zero_optimization"]["stage"] == 3 else 0}
+    zero = {"stage": 3 if zero_stage(accelerator) == 3 else 0}
     frozen = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "bf16": settings.get("bf16", {})}
     engine, *_ = deepspeed.initialize(model=model, config=frozen)
     return engine

@@ -17,7 +17,7 @@ from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput
 
 from stepdpo_kernels.loss import StepDPOOutput
 from stepdpo_kernels.model import causal_lm, check_supported, enable_packed_forward, head_options
@@ -46,6 +46,7 @@ from stepdpo_kernels.trainer.ref_logps import RefLogps
 from stepdpo_kernels.trainer.reference import frozen, key_differences
 from stepdpo_kernels.trainer.report import REPORT_FILE, write_report
 from stepdpo_kernels.trainer.run_folder import (
+    changed_settings,
     check_output_dir,
     check_writable,
     describe_run,
@@ -224,6 +225,8 @@ class StepDPOTrainer(Trainer):
         sampler = step_sampler(dataset, self.args.per_device_eval_batch_size * self.args.world_size, self.args)
         return step_loader(dataset, sampler, self.data_collator, self.args)
 
+    get_test_dataloader = get_eval_dataloader
+
     def _order_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
@@ -261,14 +264,8 @@ class StepDPOTrainer(Trainer):
                 )
         known = {} if checkpoint is None else read_run_file(output_dir)
         begins = self.is_world_process_zero() and not known
-        if begins or (self.is_world_process_zero() and missing_parts(known)):
-            eval_pairs = None if self.eval_dataset is None else self.eval_dataset.pairs
-            description = {
-                **describe_run(self.args, self.model, self.train_dataset.pairs, eval_pairs),
-                "reference": self.references.keys,
-                "reference_pass": {"computed": self.references.computed, "seconds": self.references.seconds},
-            }
-            write_run_file(output_dir, description | known)
+        if self.is_world_process_zero():
+            write_run_file(output_dir, self._describe(known, checkpoint))
         self._meter.reset()
         self._steps, self._skipped = 0, 0
         try:
@@ -278,11 +275,27 @@ class StepDPOTrainer(Trainer):
                 remove_unstarted_run(output_dir)
             raise
 
+    def _describe(self, known: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
+        """What the run file is to hold: what it holds, what it lacks, and what goes on otherwise from a checkpoint."""
+        if missing_parts(known):
+            eval_pairs = None if self.eval_dataset is None else self.eval_dataset.pairs
+            return {
+                **describe_run(self.args, self.model, self.train_dataset.pairs, eval_pairs),
+                "reference": self.references.keys,
+                "reference_pass": {"computed": self.references.computed, "seconds": self.references.seconds},
+            } | known
+        changed = changed_settings(known, self.args)
+        if checkpoint is None or not changed:
+            return known
+        return known | {"resumed": [*known.get("resumed", []), {"from": checkpoint.name, "config": changed}]}
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled = shard_by_fsdp2(self.accelerator, self.args.fsdp_plugin_args)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # Trainer takes a step before it sees that a run which is resumed was over
         self._meter.start()  # packing is part of a step's time
         return super().get_batch_samples(*args, **kwargs)
 
@@ -316,21 +329,26 @@ class StepDPOTrainer(Trainer):
         """As Trainer's, called between backward and the update: where something is not finite there is no update."""
         norm = super()._get_grad_norm(model, grad_norm)
         self._steps += 1
-        finite = finite_losses(self._parts, self.args.device)
-        if not self.args.fp16:  # whose gradients overflow now and then, which its scaler answers
-            finite = finite * float(norm is None or math.isfinite(norm))  # DeepSpeed may know of none
+        own = finite_losses(self._parts, self.args.device)
+        # In fp16 gradients overflow now and then, which its scaler answers; and DeepSpeed may know of no norm.
+        gradient = float(self.args.fp16 or norm is None or math.isfinite(norm))
+        finite = torch.stack([own, torch.full_like(own, gradient)])
         if self.args.world_size > 1:
             finite = self.accelerator.reduce(finite, reduction="sum") / self.args.world_size
-        if float(finite) == 1:
+        losses, gradients = finite.tolist()
+        if losses == gradients == 1:
             for batch, output in self._parts:
                 self._meter.add(batch, output)
             return norm
-        self._refuse_update(model)
+        self._refuse_update(model, elsewhere=not self._parts or (losses < 1 and bool(own)))
         return None
 
-    def _refuse_update(self, model: nn.Module) -> None:
-        """Names the pairs of this process and stops, or empties the gradients so that the optimiser changes nothing."""
-        what = culprits(self._parts, self.train_dataset.pairs) if self._parts else "not by a pair of this process"
+    def _refuse_update(self, model: nn.Module, *, elsewhere: bool) -> None:
+        """Names the pairs of this process and stops, or empties the gradients so that the optimiser changes nothing.
+
+        elsewhere: a loss of another process is at fault
+        """
+        what = "not by a pair of this process" if elsewhere else culprits(self._parts, self.train_dataset.pairs)
         where = f"step {self.state.global_step + 1}: not finite: {what}"
         if self.args.on_nonfinite == "stop":
             # DeepSpeed takes its step within the backward pass
@@ -408,15 +426,32 @@ class StepDPOTrainer(Trainer):
         """
         self._meter.pause()
         self.prepare_references()
-        if eval_dataset is not None and not isinstance(eval_dataset, IndexedPairs):
-            check_pairs(eval_dataset, "eval_dataset", self.model, self.args)
-            eval_dataset = IndexedPairs(eval_dataset)
-            if not self.loss.reference_free:
-                gone = self.ref_model is None and self.args.reference == "precomputed"
-                if gone and self.state.global_step > 0:
-                    raise StepDPOError("eval_dataset: give it to StepDPOTrainer at the start, or pass a ref_model")
-                self.references.fill("eval", eval_dataset, partial(self.get_eval_dataloader, eval_dataset))
+        if eval_dataset is not None:
+            eval_dataset = self._with_references(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self,
+        test_dataset: Sequence[StepPair] | IndexedPairs,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """As `evaluate`, with what `compute_metrics` is given: (rewards, log-probs), each (N, 2), and (N,) zeros."""
+        self._meter.pause()
+        self.prepare_references()
+        return super().predict(self._with_references(test_dataset, "test_dataset"), ignore_keys, metric_key_prefix)
+
+    def _with_references(self, pairs: Sequence[StepPair] | IndexedPairs, name: str) -> IndexedPairs:
+        if isinstance(pairs, IndexedPairs):
+            return pairs
+        check_pairs(pairs, name, self.model, self.args)
+        dataset = IndexedPairs(pairs)
+        if not self.loss.reference_free:
+            gone = self.ref_model is None and self.args.reference == "precomputed"
+            if gone and self.state.global_step > 0:
+                raise StepDPOError(f"{name}: give it to StepDPOTrainer at the start, as eval_dataset, or a ref_model")
+            self.references.fill("eval", dataset, partial(self.get_eval_dataloader, dataset))
+        return dataset
 
     @torch.no_grad()
     def evaluation_loop(

@@ -318,6 +318,30 @@ def test_what_needs_an_adapter(option):
         parse([*REQUIRED, f"--{option}"])
 
 
+def test_layers_of_no_adapter():
+    with pytest.raises(StepDPOError, match="lora_target_modules needs an adapter: give lora_r"):
+        parse([*REQUIRED, "--lora_target_modules", "q_proj"])
+
+
+def test_pairs_that_nobody_would_evaluate_on():
+    with pytest.raises(StepDPOError, match="eval_data needs eval_strategy"):
+        parse([*REQUIRED, "--eval_data", "held_out"])
+    options, config = parse([*REQUIRED, "--eval_data", "held_out", "--eval_on_start"])
+    assert (options.eval_data, config.eval_on_start) == ("held_out", True)
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_speaks(arguments, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    command = [sys.executable, "-c", "from stepdpo_kernels.cli import main; main()"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(
+        [*launcher, *command, *arguments("run", max_steps=1)], capture_output=True, text=True, env=env, timeout=200
+    )
+    assert said.returncode == 0, said.stderr
+    assert [said.stdout.count(words) for words in (" kept", "trained 1 steps", "what came of it")] == [1, 1, 1]
+
+
 # ---- a process of its own -------------------------------------------------------------------------------------------
 
 

@@ -136,7 +136,9 @@ def test_i9_pair_over_the_budget(refused, records):
 
 def test_i9_bad_evaluation_data(refused, records, tmp_path):
     bad = write_jsonl(tmp_path / "eval.jsonl", [*records[:1], "[]"])
-    assert "eval.jsonl, line 2: a record must be an object" in refused("--eval_data", str(bad))
+    assert "eval.jsonl, line 2: a record must be an object" in refused(
+        "--eval_data", str(bad), "--eval_strategy", "epoch"
+    )
 
 
 # ---- model and tokenizer --------------------------------------------------------------------------------------------
@@ -363,6 +365,25 @@ def test_i9_options_that_would_replace_or_skip_our_forward(tiny_model, pairs, tm
     setattr(config, option, True)
     with pytest.raises(StepDPOError, match=f"{option}: not supported by StepDPOTrainer"):
         StepDPOTrainer(tiny_model(), config, pairs)
+    assert entries(tmp_path) == ["pairs.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("label_smoothing_factor", 0.1),
+        ("torch_empty_cache_steps", 1),
+        ("batch_eval_metrics", True),
+        ("include_for_metrics", ["loss"]),
+        ("prediction_loss_only", True),
+        ("include_num_input_tokens_seen", "all"),
+        ("dataloader_in_order", False),
+        ("optim", "lomo"),
+    ],
+)
+def test_i9_settings_that_would_have_no_effect(tiny_model, pairs, tmp_path, option, value):
+    with pytest.raises(StepDPOError, match=f"^{option}(=lomo)?: not supported by StepDPOTrainer"):
+        StepDPOTrainer(tiny_model(), make_config(tmp_path, **{option: value}), pairs)
     assert entries(tmp_path) == ["pairs.jsonl"]
 
 

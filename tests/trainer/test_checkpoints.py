@@ -209,6 +209,17 @@ def test_a_cached_reference_is_not_called_computed(tiny_model, pairs, config, tm
         assert run["reference_pass"]["computed"] == computed
 
 
+@pytest.mark.parametrize("max_steps", [2, 6, -1])
+def test_a_run_that_is_over_is_not_trained_further(tiny_model, pairs, config, max_steps):
+    fields = dict(max_steps=max_steps, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
+    trainer = StepDPOTrainer(tiny_model(), config(**fields), pairs)
+    trainer.train()
+    over = StepDPOTrainer(tiny_model(), config(**fields), pairs)
+    over.train(resume_from_checkpoint=True)
+    assert over.state.global_step == trainer.state.global_step
+    assert_same_weights(weights(over.model), weights(trainer.model))
+
+
 def test_logs_are_json_for_every_reader(tiny_model, pairs, config, monkeypatch, tmp_path):
     """NaN and Infinity are Python's own; -0.0 is a sign without a meaning."""
     trainer = StepDPOTrainer(tiny_model(), config(max_steps=2, save_strategy="steps", save_steps=2), pairs)

@@ -68,6 +68,14 @@ def test_a_budget_of_keys(pairs):
     assert sorted(i for batch in bounded for i in batch.pair_index.tolist()) == list(range(len(pairs)))
 
 
+def test_how_workers_start(pairs, config):
+    args = config(dataloader_num_workers=1, dataloader_multiprocessing_context="spawn")
+    loader = step_loader(
+        IndexedPairs(pairs), step_sampler(IndexedPairs(pairs), 4, args), StepCollator(250, "tree"), args
+    )
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+
+
 def test_workers_pack(pairs):
     """The loader's workers give the same steps, and the process that trains packs none of them."""
     dataset, packed_by = IndexedPairs(pairs), []

@@ -13,6 +13,7 @@ from stepdpo_kernels.data import StepPairDataset
 from stepdpo_kernels.packing import pack_pairs
 from stepdpo_kernels.packing.reference import padded_batch
 from stepdpo_kernels.trainer import StepDPOTrainer
+from stepdpo_kernels.types import StepDPOError
 from tests.trainer.training import make_pairs, steps_of, watch
 
 METRICS = {
@@ -220,3 +221,23 @@ def test_metrics_of_ones_own(tiny_model, weighted, config):
     assert entry["eval_widest"] == pytest.approx((rewards[:, 0] - rewards[:, 1]).max())
     assert entry["eval_already"] == 1.0
     assert entry["eval_worst"] == pytest.approx(logps.min())
+
+
+def test_predictions_are_those_of_an_evaluation(tiny_model, weighted, config):
+    seen = []
+
+    def see(prediction: EvalPrediction) -> dict[str, float]:
+        seen.append(prediction)
+        return {}
+
+    trainer = StepDPOTrainer(tiny_model(), config(), weighted, eval_dataset=weighted[:6], compute_metrics=see)
+    trainer.predict(weighted[:6])  # the policy is the reference still
+    trainer.train()
+    metrics = trainer.evaluate()
+    output = trainer.predict(trainer.eval_dataset)
+    assert np.array_equal(output.predictions, seen[1].predictions)
+    assert output.predictions[0].any()
+    assert np.array_equal(output.label_ids, np.zeros(6))
+    assert output.metrics["test_loss"] == metrics["eval_loss"]
+    with pytest.raises(StepDPOError, match="test_dataset: give it to StepDPOTrainer at the start"):
+        trainer.predict(weighted[:5])

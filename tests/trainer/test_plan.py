@@ -10,10 +10,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from benchmarks.plan import write_pairs
 from stepdpo_kernels import StepDPOError, load_step_pairs
@@ -21,6 +23,7 @@ from stepdpo_kernels.cli import main
 from stepdpo_kernels.packing import build_batch, epoch_order, pack_pairs, plan_ranks
 from stepdpo_kernels.trainer import StepDPOTrainer, load_tokenizer
 from stepdpo_kernels.trainer.memory import ModelSizes, plan_memory
+from stepdpo_kernels.trainer.plan import sharding_of
 from tests.trainer.training import entries, losses, watch, weights, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +35,10 @@ def test_a_reference_that_every_step_asks_is_said(pairs: Any, config: Callable[.
     assert plan.reference == {}
     assert "a second model, in every step" in str(plan)
     weights_of_it = sum(p.numel() * p.element_size() for p in tiny_model().parameters())
+    assert plan.memory
     assert plan.memory.reference == pytest.approx(weights_of_it, rel=0.01)
     alone = StepDPOTrainer(tiny_model(), config(), pairs).plan().memory
+    assert alone
     assert plan.memory.total - alone.total == plan.memory.reference
 
 
@@ -281,3 +286,28 @@ def test_fifty_thousand_pairs_in_a_gibibyte(model_dir: Path, tmp_path: Path) -> 
         "unshared": sum(batch.tokens_unshared for batch in batches),
         "rows": sum(batch.num_rows for batch in batches),
     }
+
+
+def test_a_model_whose_sizes_have_other_names(pairs: Any, config: Callable[..., Any]) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes: dict[str, Any] = dict(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=512, n_positions=256, bos_token_id=0, eos_token_id=0
+    )
+    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    plan = StepDPOTrainer(model, config(), pairs).plan()
+    assert plan.memory is None
+    assert "not estimated for this model" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("mode", "stage", "processes", "sharding"),
+    [("NO", None, 1, "none"), ("MULTI_CPU", None, 2, "ddp"), ("FSDP", None, 2, "fsdp"), ("DEEPSPEED", 3, 2, "zero3")]
+    + [("DEEPSPEED", stage, 2, None) for stage in (0, 1, 2)],
+)
+def test_how_memory_is_sharded(mode: str, stage: int | None, processes: int, sharding: str | None) -> None:
+    """ZeRO-1 and 2 hold all weights in every process, and no formula here is theirs."""
+    config = {} if not stage else {"zero_optimization": {"stage": stage}}
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+    accelerator = SimpleNamespace(distributed_type=DistributedType(mode), num_processes=processes, state=state)
+    assert sharding_of(accelerator) == sharding

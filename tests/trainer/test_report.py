@@ -107,6 +107,7 @@ def test_after_a_resume_the_report_is_of_the_whole_run(trained, blank, monkeypat
     assert "Computed for the training pairs and held-out pairs" in text  # by the first of the two
     assert len(curves(resumed.state.log_history)["loss"]) == 10
     assert "No model was saved to this folder" in text
+    assert "From checkpoint" not in text  # with the same settings
 
 
 def _default_callbacks():
@@ -149,6 +150,21 @@ def test_there_is_no_report_without_a_run(tiny_model, pairs, config, tmp_path):
     with pytest.raises(StepDPOError, match="nothing to report"):
         trainer.write_report()
     assert entries(tmp_path / "run") == []
+
+
+def test_settings_that_a_resumed_run_changes(trained, blank, tmp_path):
+    fields = dict(save_strategy="steps", save_steps=2)
+    trained(max_steps=2, **fields)
+    trained(max_steps=4, learning_rate=0.5, resume=True, **fields)
+    resumed = trained(max_steps=6, learning_rate=0.5, adam_beta1=0.8, resume=True, **fields)
+    text = section(resumed.write_report().read_text(), "Settings")
+    assert rows(text)["`learning_rate`"] == ["0.001"]
+    assert "From checkpoint-2 on: `learning_rate` 0.5, `max_steps` 4.\n\nFrom checkpoint-4 on: `max_steps` 6." in text
+    run = json.loads((tmp_path / "run" / "stepdpo_run.json").read_text())
+    assert [part["config"] for part in run["resumed"]] == [
+        {"max_steps": 4, "learning_rate": 0.5},
+        {"max_steps": 6, "adam_beta1": 0.8},
+    ]
 
 
 def test_a_run_by_an_older_version(trained, blank, tmp_path, caplog):
