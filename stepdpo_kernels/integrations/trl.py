@@ -181,12 +181,12 @@ class _Forward:
             found = padded_logps(
                 lm, forest.to(input_ids.device), statistics=statistics, router_logits=output_router_logits
             )
-        output = PackedOutput(found.logps, label_mask=forest.mask, labels=input_ids[:, 1:])
+        known = {}
         if found.statistics is not None:
-            output.entropy, output.log_sum_sq_probs, output.mean_logits, output.is_top1 = found.statistics
+            known = dict(zip(("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"), found.statistics, strict=True))
         if found.router_logits is not None:
-            output.aux_loss = _load_balancing_loss(lm, found.router_logits, attention_mask)
-        return output
+            known["aux_loss"] = _load_balancing_loss(lm, found.router_logits, attention_mask)
+        return PackedOutput(found.logps, label_mask=forest.mask, labels=input_ids[:, 1:], **known)
 
 
 def _load_balancing_loss(lm: Any, router_logits: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
