@@ -44,12 +44,15 @@ kernels: $(ENV)
 	$(KERNELS_PATH) TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_triton_head.py tests/ops/test_triton_attention.py \
 		tests/ops/test_pair_loss.py tests/ops/test_ragged.py
 
-# Each version beside the environment, not into it.
+# Each version beside the environment, not into it. On CPUs 1.15 itself runs in Triton's interpreter alone, which takes
+# minutes for every test.
 TRL ?= 1.9.0 1.9.2 1.10.0 1.11.0 1.12.0 1.13.0 1.14.0 1.14.2 1.15.0 1.16.0
+TRL_FEW := removing_it_restores or ld_alpha or refused
 trl: $(ENV)
 	for version in $(TRL); do \
 		$(PIP) install --quiet --upgrade --no-deps --target .cache/trl-$$version trl==$$version && \
-		PYTHONPATH=.cache/trl-$$version $(PY) -m pytest tests/integrations/test_trl.py || exit 1; \
+		PYTHONPATH=.cache/trl-$$version $(PY) -m pytest tests/integrations/test_trl.py \
+			-k "$$([ $$version = 1.15.0 ] && echo '$(TRL_FEW)')" || exit 1; \
 	done
 
 # Versions of their own, beside the environment and first on the path.

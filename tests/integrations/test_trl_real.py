@@ -66,7 +66,7 @@ def train(
         trainer_class=Tokenized,
         precompute_ref_log_probs=True,
         train_sampling_strategy="sequential",
-        learning_rate=5e-6,
+        learning_rate=1e-6,  # TRL's own; a larger one lets rounding grow faster
         max_steps=STEPS,
         **settings,
     )
@@ -85,7 +85,7 @@ def test_float32_trajectories_are_the_same(folder, rows, tokenizer, tmp_path):
     ]
     print("largest difference", max(abs(a - b) for a, b in zip(*losses, strict=True)))
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    assert losses[0][-1] != pytest.approx(losses[0][0], abs=1e-2)
+    assert losses[0][-1] != pytest.approx(losses[0][0], abs=1e-3)
 
 
 def test_bfloat16_trajectories_differ_as_orders_do(folder, rows, tokenizer, tmp_path):
