@@ -345,9 +345,12 @@ def test_one_of_several_processes_speaks(arguments, tmp_path):
 # ---- a process of its own -------------------------------------------------------------------------------------------
 
 
-# Steps that take a while, so that a signal arrives before the run is over, on a fast machine, too.
+# Steps that take a while, so that a signal arrives before the run is over, on a fast machine, too. What a shell
+# starts in the background ignores interrupts, and so would its children.
 UNHURRIED = """
+import signal
 import time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from stepdpo_kernels.cli import main
 from stepdpo_kernels.trainer import StepDPOTrainer
 step = StepDPOTrainer.training_step
