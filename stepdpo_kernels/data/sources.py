@@ -1,4 +1,8 @@
-"""Where records come from: JSONL (also gzipped), JSON and Parquet files, folders of them, the hub."""
+"""Where records come from: JSONL (also gzipped), JSON and Parquet files, folders of them, the hub.
+
+A line of JSONL that cannot be read is an error that names it. With `keep_bad` the error is the record's value instead,
+and reading goes on after it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -15,6 +19,7 @@ from stepdpo_kernels.data.records import FIELDS, RawRecord, shorten
 from stepdpo_kernels.types import StepDPOError
 
 PARQUET_ROWS = 1024
+MAX_LINE = 8 << 20  # bytes of a line of JSONL; a longer one is not held in memory
 
 
 class Source(NamedTuple):
@@ -24,25 +29,43 @@ class Source(NamedTuple):
     records: Iterator[RawRecord]
 
 
-def open_source(path_or_hub_id: str | os.PathLike[str], split: str) -> Source:
+class Reading(NamedTuple):
+    """columns: those that a Parquet file is asked for, None for all; keep_bad: as in `open_source`."""
+
+    columns: Collection[str] | None
+    keep_bad: bool
+
+
+def open_source(
+    path_or_hub_id: str | os.PathLike[str],
+    split: str,
+    *,
+    columns: Collection[str] | None = FIELDS,
+    keep_bad: bool = False,
+) -> Source:
     """Records of a file, of a folder of files, or, where neither is there, of a dataset on the hub.
 
     A folder is read file by file in the order of their names, also in folders below it. Where some of its files
     are named after `split` (train.jsonl, train-00000-of-00002.parquet) only those are read.
-    A file or a Parquet row group at a time is the most that is ever held, and of JSONL only a line.
+    A JSON file or a Parquet row group at a time is the most that is ever held, and of JSONL only a line.
+
+    columns:   of a Parquet file, those that are read where they are there; None for all
+    keep_bad:  a line of JSONL that is too long, not UTF-8 or not JSON becomes a record whose value is the
+               StepDPOError that would be raised
 
     Raises StepDPOError for a path without data, a file that is not what its name says, and an empty file.
     """
     name = os.fspath(path_or_hub_id)
     path = Path(name).expanduser()
+    reading = Reading(columns, keep_bad)
     if path.is_dir():
         files = _files_of(path, split)
         names = tuple(file.relative_to(path).as_posix() for file in files)
-        return Source(names, _chain(files, names))
+        return Source(names, _chain(files, names, reading))
     if path.exists():
         if _reader(path) is None:
             raise StepDPOError(f"{name}: not a kind of file that holds step pairs; the name must end in {_kinds()}")
-        return Source((path.name,), _chain([path], (path.name,)))
+        return Source((path.name,), _chain([path], (path.name,), reading))
     if not isinstance(path_or_hub_id, str) or _looks_like_path(name):
         raise StepDPOError(f"{name}: no such file or folder")
     return Source((name,), _hub_records(name, split))
@@ -52,7 +75,7 @@ def _kinds() -> str:
     return ", ".join(READERS)
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[RawRecord]] | None:
+def _reader(path: Path) -> Reader | None:
     return next((read for suffix, read in READERS.items() if path.name.lower().endswith(suffix)), None)
 
 
@@ -77,12 +100,12 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     return [file for file in files if word.search(file.name)] or files
 
 
-def _chain(files: list[Path], names: tuple[str, ...]) -> Iterator[RawRecord]:
+def _chain(files: list[Path], names: tuple[str, ...], reading: Reading) -> Iterator[RawRecord]:
     for file, name in zip(files, names, strict=True):
         read = _reader(file)
         assert read is not None
         empty = True
-        for record in read(file, name):
+        for record in read(file, name, reading):
             empty = False
             yield record
         if empty:
@@ -108,30 +131,53 @@ def _parse(text: str, where: str, hint: str = "") -> Any:
         raise StepDPOError(f"{where}: JSON that cannot be read: {error}") from error
 
 
-def _read_lines(path: Path, name: str, opened: Callable[[Path], BinaryIO | gzip.GzipFile]) -> Iterator[RawRecord]:
+def _read_lines(
+    path: Path, name: str, reading: Reading, opened: Callable[[Path], BinaryIO | gzip.GzipFile]
+) -> Iterator[RawRecord]:
     number = 0
     try:
         with opened(path) as file:
-            for number, line in enumerate(file, start=1):
-                where = f"{name}, line {number}"
-                text = _decode(line, where)
-                if number == 1:
-                    text = text.removeprefix("\ufeff")  # a byte order mark
-                if text.strip():
-                    yield RawRecord(where, f"{name}:{number}", _parse(text.rstrip("\r\n"), where))
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                where, id_ = f"{name}, line {number}", f"{name}:{number}"
+                try:
+                    if len(line) > MAX_LINE:
+                        length = len(line) + _skip_line(line, file)
+                        raise StepDPOError(
+                            f"{where}: {length:,} bytes in one line, more than {MAX_LINE:,}: it begins with "
+                            f"{line[:40]!r}; is this a file of JSON lines?"
+                        )
+                    text = _decode(line, where)
+                    if number == 1:
+                        text = text.removeprefix("\ufeff")  # a byte order mark
+                    if text.strip():
+                        yield RawRecord(where, id_, _parse(text.rstrip("\r\n"), where))
+                except StepDPOError as error:
+                    if not reading.keep_bad:
+                        raise
+                    yield RawRecord(where, id_, error)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise StepDPOError(f"{name}, after line {number}: the gzip file is damaged: {error}") from error
 
 
-def _read_jsonl(path: Path, name: str) -> Iterator[RawRecord]:
-    return _read_lines(path, name, lambda p: p.open("rb"))
+def _skip_line(line: bytes, file: BinaryIO | gzip.GzipFile) -> int:
+    """Reads to the end of the line that `line` is the beginning of; how many bytes that was."""
+    skipped = 0
+    while line and not line.endswith(b"\n"):
+        line = file.readline(MAX_LINE)
+        skipped += len(line)
+    return skipped
 
 
-def _read_jsonl_gz(path: Path, name: str) -> Iterator[RawRecord]:
-    return _read_lines(path, name, lambda p: gzip.open(p, "rb"))
+def _read_jsonl(path: Path, name: str, reading: Reading) -> Iterator[RawRecord]:
+    return _read_lines(path, name, reading, lambda p: p.open("rb"))
 
 
-def _read_json(path: Path, name: str) -> Iterator[RawRecord]:
+def _read_jsonl_gz(path: Path, name: str, reading: Reading) -> Iterator[RawRecord]:
+    return _read_lines(path, name, reading, lambda p: gzip.open(p, "rb"))
+
+
+def _read_json(path: Path, name: str, reading: Reading) -> Iterator[RawRecord]:
     text = _decode(path.read_bytes(), name).removeprefix("\ufeff")
     if not text.strip():
         return
@@ -145,7 +191,7 @@ def _read_json(path: Path, name: str) -> Iterator[RawRecord]:
         yield RawRecord(f"{name}, record {number}", f"{name}:{number}", record)
 
 
-def _read_parquet(path: Path, name: str) -> Iterator[RawRecord]:
+def _read_parquet(path: Path, name: str, reading: Reading) -> Iterator[RawRecord]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -153,7 +199,8 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawRecord]:
         raise StepDPOError(f"{name}: reading Parquet needs the package pyarrow: pip install pyarrow") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [column for column in file.schema_arrow.names if column in FIELDS]
+            names = file.schema_arrow.names
+            columns = [column for column in names if reading.columns is None or column in reading.columns]
             number = 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
                 for record in batch.to_pylist():
@@ -185,7 +232,8 @@ def _hub_records(name: str, split: str) -> Iterator[RawRecord]:
         raise StepDPOError(f"{name}: split {split!r} holds no records")
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[RawRecord]]] = {
+Reader = Callable[[Path, str, Reading], Iterator[RawRecord]]
+READERS: dict[str, Reader] = {
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl_gz,
     ".json": _read_json,

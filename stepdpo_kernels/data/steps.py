@@ -90,7 +90,8 @@ class StepFormat:
         return self._cut(text, spans)
 
     def _lines(self, text: str) -> Steps:
-        spans, at, end = [], 0, 0
+        spans: list[tuple[int, int]] = []
+        at = end = 0
         for line in text.split("\n"):
             body = line.strip()
             if body:
