@@ -46,7 +46,8 @@ def open_source(
     """Records of a file, of a folder of files, or, where neither is there, of a dataset on the hub.
 
     A folder is read file by file in the order of their names, also in folders below it. Where some of its files
-    are named after `split` (train.jsonl, train-00000-of-00002.parquet) only those are read.
+    are named after `split` (train.jsonl, train-00000-of-00002.parquet) only those are read. A hub dataset of several
+    configurations is named with one of them: "openai/gsm8k:main".
     A JSON file or a Parquet row group at a time is the most that is ever held, and of JSONL only a line.
 
     columns:   of a Parquet file, those that are read where they are there; None for all
@@ -217,8 +218,9 @@ def _hub_records(name: str, split: str) -> Iterator[RawRecord]:
         raise StepDPOError(
             f"{name}: no such file or folder, and a dataset on the hub needs the package datasets: pip install datasets"
         ) from error
+    repository, _, configuration = name.partition(":")
     try:
-        dataset = load_dataset(name, split=split)
+        dataset = load_dataset(repository, configuration or None, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         raise StepDPOError(
             f"{name}: no such file or folder, and loading it from the hub with split {split!r} failed: "
