@@ -1,0 +1,89 @@
+"""Stage 2: solutions -> the same with their first wrong step (Lai et al. 2024, section 3.2)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from os import PathLike
+
+from stepdpo_kernels.data.pipeline.locate.protocol import Location, Locator
+from stepdpo_kernels.data.pipeline.solution import Solution
+from stepdpo_kernels.data.pipeline.stage import Chunk, StageReport, check_complete, chunk_seed, run_stage
+from stepdpo_kernels.data.sources import open_source
+
+
+def locate(
+    solutions: str | PathLike[str],
+    output: str | PathLike[str],
+    locator: Locator,
+    *,
+    compare: Locator | None = None,
+    seed: int = 0,
+    chunk: int = 64,
+    limit: int | None = None,
+    on_bad: str = "stop",
+    overwrite: bool = False,
+    partial: bool = False,
+    progress: Callable[[StageReport], object] | None = None,
+) -> StageReport:
+    """Finds the first wrong step of each wrong solution of a file, and writes every solution again with it.
+
+    solutions:  the file that stage 1 wrote; right ones in it are counted and left out
+    compare:    a second locator, whose answers are written as `compared_step` beside those of the first, for
+                `agreement_of`; it decides nothing
+    partial:    take a file that its stage has not finished
+
+    Raises StepDPOError as `run_stage`, and for a locator that can locate nothing at all.
+    """
+    if not partial:
+        check_complete(solutions)
+
+    def work(batch: list[Solution], number: int) -> Chunk:
+        counts = Counter[str]()
+        asked = [solution for solution in batch if solution.verdict != "right"]
+        if len(asked) < len(batch):
+            counts["right solutions"] += len(batch) - len(asked)
+        at = chunk_seed(seed, number)
+        locations = locator.locate(asked, at) if asked else []
+        others = compare.locate(asked, chunk_seed(at, 1)) if asked and compare is not None else []
+        records = []
+        for i, (solution, location) in enumerate(zip(asked, locations, strict=True)):
+            counts[_outcome(location)] += 1
+            counts.update(location.counts)
+            record = replace(
+                solution, locator=locator.name, first_wrong_step=location.step, explanation=location.explanation
+            ).to_record()
+            if compare is not None:
+                counts.update({f"{name} ({compare.name})": count for name, count in others[i].counts.items()})
+                record |= {"compared_locator": compare.name, "compared_step": others[i].step}
+            records.append(record)
+        return Chunk(records, counts)
+
+    def settings(locator: Locator) -> dict[str, object]:
+        return {"name": locator.name, **locator.settings}
+
+    return run_stage(
+        "locate",
+        islice(open_source(solutions, "train", columns=None, keep_bad=True).records, limit),
+        output,
+        settings={
+            "locator": settings(locator),
+            "compare": None if compare is None else settings(compare),
+            "seed": seed,
+            "limit": limit,
+        },
+        parse=lambda raw: Solution.from_record(raw.value, raw.where),
+        work=work,
+        chunk=chunk,
+        on_bad=on_bad,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _outcome(location: Location) -> str:
+    if location.step is None:
+        return f"undecided: {location.problem}" if location.problem else "undecided"
+    return "located" if location.step else "without a wrong step"
