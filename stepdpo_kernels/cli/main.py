@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from stepdpo_kernels import __version__
+from stepdpo_kernels.cli import prepare
 from stepdpo_kernels.cli.inspect import inspect
 
 BAD_INPUT = 2  # exit status, as for a bad option
@@ -25,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(inspect)
+app.add_typer(prepare.app, name="prepare")
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

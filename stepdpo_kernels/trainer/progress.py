@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 
+from stepdpo_kernels._bars import open_bar
 from stepdpo_kernels.trainer.meter import Meter
-
-LINE_SECONDS = 60.0  # between two lines where stderr is no terminal
 
 # What the bar shows already; the line of a log in a terminal leaves it out.
 _SHOWN = ("pairs_per_second", "tokens_per_second", "tokens/saved")
@@ -66,32 +65,6 @@ class StepProgress(ProgressCallback):
         text = f"{pairs_per_second:.3g} pairs/s, {tqdm.format_sizeof(tokens_per_second)} tokens/s, {saved:.0%} saved"
         if self.training_bar is not None:
             self.training_bar.set_postfix_str(text, refresh=False)
-
-
-class _Lines:
-    """A stream to which a bar writes lines instead of writing over itself."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.last = stream, ""
-
-    def write(self, text: str) -> None:
-        if text.strip() not in ("", self.last):
-            self.last = text.strip()
-            self.stream.write(self.last + "\n")
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-
-def open_bar(total: int, words: str = "", *, unit: str = "steps", **options: Any) -> tqdm[Any]:
-    """A bar on a terminal; elsewhere a line a minute and one at the end. options: of tqdm"""
-    options |= {"total": total, "desc": words, "unit": unit}
-    if sys.stderr.isatty():
-        layout = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]"
-        return tqdm(**options, bar_format=layout, dynamic_ncols=True)
-    layout = "{desc}{n_fmt}/{total_fmt} {unit} ({percentage:.0f}%), {elapsed} passed, {remaining} left{postfix}"
-    seldom = {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
-    return tqdm(**options, bar_format=layout, file=_Lines(sys.stderr), **seldom)
 
 
 def use_step_progress(trainer: Trainer, meter: Meter) -> None:

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import stepdpo_kernels
+from stepdpo_kernels._bars import open_bar
 from stepdpo_kernels.model import causal_lm
-from stepdpo_kernels.trainer.progress import open_bar
 from stepdpo_kernels.trainer.sharding import whole
 from stepdpo_kernels.types import PackedBatch, StepPair
 

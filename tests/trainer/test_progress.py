@@ -79,7 +79,7 @@ def test_lines_where_there_is_no_terminal(tiny_model, pairs, config, capsys, mon
     trainer.evaluate()
     assert " steps (" not in capsys.readouterr().err
 
-    monkeypatch.setattr("stepdpo_kernels.trainer.progress.LINE_SECONDS", 0)
+    monkeypatch.setattr("stepdpo_kernels._bars.LINE_SECONDS", 0)
     StepDPOTrainer(tiny_model(), config(disable_tqdm=False, output_dir=str(tmp_path / "again")), pairs).train()
     lines = [line for line in capsys.readouterr().err.splitlines() if " steps (" in line]
     assert len(lines) == 7
