@@ -143,38 +143,10 @@ def test_the_explanation_is_what_the_judge_says_of_the_step() -> None:
 
 
 WORDS = st.sampled_from(
-    [
-        "Final Decision",
-        "Step",
-        "steps",
-        "1",
-        "2",
-        "3",
-        "99",
-        ":",
-        ";",
-        "-",
-        ",",
-        "to",
-        "is",
-        "are",
-        "correct",
-        "not ",
-        "incorrect",
-        "all steps are correct",
-        "\n",
-        " ",
-        "**",
-        "{",
-        "}",
-        '"',
-        "first_wrong_step",
-        '": ',
-        '{"first_wrong_step": 2}',
-        "<think>",
-        "✗",
-    ]
-)
+    ["Final Decision", "Step", "steps", "1", "2", "3", "99", ":", ";", "-", ",", "to", "is", "are", "correct", "not ",
+     "incorrect", "all steps are correct", "\n", " ", "**", "|", "{", "}", '"', "first_wrong_step", '": ',
+     '{"first_wrong_step": 2}', "<think>", "✗"]
+)  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)
