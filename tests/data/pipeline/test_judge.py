@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -85,12 +86,17 @@ CASES = [(2, 3), (1, 1), (0, 4), (5, 5), (3, 4), (0, 1), (7, 12), (1, 9)]
 
 
 def test_locations_come_in_order_by_structured_output() -> None:
-    with OpenAIServer(honest) as server:
-        locator: Locator = judge(server)
+    together = threading.Barrier(4)
+
+    def answer(request: Request) -> str:
+        together.wait(10)  # for four requests under way at a time
+        return honest(request)
+
+    with OpenAIServer(answer) as server:
+        locator: Locator = judge(server, concurrency=4)
         locations = locator.locate([solution(*case) for case in CASES], seed=100)
         assert [location.step for location in locations] == [wrong for wrong, _ in CASES]
         assert locations[0].explanation == "so 2"
-        assert 1 < server.most_at_once <= 4
         bodies = [request.body for request in server.requests]
     assert len(bodies) == len(CASES)
     assert len({body["seed"] for body in bodies}) == len(CASES)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import stepdpo_kernels
 from stepdpo_kernels.data.pipeline.locate.prompt import JudgePrompt
 from stepdpo_kernels.data.pipeline.locate.reply import read_reply
 from stepdpo_kernels.data.pipeline.solution import Solution
@@ -238,3 +240,10 @@ def test_prompt_files_that_cannot_be_used(tmp_path: Path, content: bytes, messag
 def test_a_prompt_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StepDPOError, match=r"none\.txt cannot be read: No such file"):
         JudgePrompt(tmp_path / "none.txt")
+
+
+def test_the_prompt_is_packaged() -> None:
+    root = Path(stepdpo_kernels.__file__).parent.parent
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    (folder,) = [name for name, files in data.items() if "prompt.txt" in files]
+    assert root.joinpath(*folder.split("."), "prompt.txt").read_text("utf-8") == JudgePrompt().text

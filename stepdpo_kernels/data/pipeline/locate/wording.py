@@ -6,7 +6,10 @@ import re
 
 from stepdpo_kernels.data.steps import MARKER, Steps
 
+_MARKER = re.compile(MARKER)
+
 
 def bodies(steps: Steps) -> list[str]:
-    """The text of each step without its `Step k:`, whose number may be wrong; other markers stay."""
-    return [f"{re.sub(MARKER, '', step.marker).strip()} {step.text.strip()}".strip() for step in steps.steps]
+    """The text of each step without the `Step k:` that it begins with, whose number may be wrong."""
+    texts = [(step.marker + step.text).strip() for step in steps.steps]
+    return [text[match.end() :].strip() if (match := _MARKER.match(text)) else text for text in texts]
