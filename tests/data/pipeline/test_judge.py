@@ -158,7 +158,7 @@ def test_options_that_a_server_refuses_by_name_are_left_out() -> None:
         assert "response_format" in server.requests[-1].body
 
 
-def test_a_request_refused_for_one_solution_leaves_the_others_and_the_options(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_request_refused_for_one_solution_leaves_the_others_and_the_options() -> None:
     def answer(request: Request) -> str | Status:
         return Status(400, "maximum context length exceeded") if "of 12" in asked(request) else honest(request)
 
@@ -168,6 +168,13 @@ def test_a_request_refused_for_one_solution_leaves_the_others_and_the_options(ca
         assert locations[0].problem == "request refused"
         assert "maximum context length" in locations[0].explanation
         assert sum("response_format" in request.body for request in server.requests) == 3
+        locator = judge(server)
+        with pytest.raises(StepDPOError, match=r"failed on all of 2 solutions.*context length"):
+            locator.locate([solution(7, 12), solution(8, 12)], seed=0)  # is it the server, or the options?
+        assert locator.locate([solution(7, 12)], seed=0)[0].problem == "request refused"
+        locator.locate([solution(2, 3)], seed=0)
+        found = locator.locate([solution(7, 12), solution(8, 12)], seed=0)  # no: it takes others
+        assert [location.problem for location in found] == ["request refused"] * 2
 
 
 def test_faults_on_the_way_are_tried_again() -> None:

@@ -76,6 +76,7 @@ class JudgeLocator:
         self._max_tokens = max_tokens
         self._tries = tries
         self._prices = (price_in, price_out)
+        self._answered = False
         self._refused: frozenset[str] = frozenset()  # options that the server has been found to refuse
 
     @property
@@ -90,11 +91,13 @@ class JudgeLocator:
         }
 
     def locate(self, solutions: Sequence[Solution], seed: int) -> list[Location]:
-        """As Locator says. Also raises StepDPOError when the server fails on each of two or more solutions."""
+        """As Locator says. Also raises StepDPOError when the server fails on each of two or more solutions, or refuses
+        each of them and has taken none before."""
         before = asdict(self._client.usage)
         asked = [(solution, (seed + k * self._tries) % 2**31) for k, solution in enumerate(solutions)]
         locations = self._client.map(self._judge, asked)
-        failures = [location.explanation for location in locations if location.problem == "no reply"]
+        hopeless = ("no reply",) if self._answered else ("no reply", "request refused")
+        failures = [location.explanation for location in locations if location.problem in hopeless]
         if len(failures) == len(locations) > 1:
             raise StepDPOError(f"the judge failed on all of {len(failures)} solutions, last with: {failures[-1]}")
         used = {name: count - before[name] for name, count in asdict(self._client.usage).items()}
@@ -131,6 +134,7 @@ class JudgeLocator:
             reply = await session.chat(**self._request(solution, seed, again, refused))
             if not reply.error:
                 self._refused |= refused
+                self._answered = True
                 return reply
             blamed = self._blamed(reply.error, refused)
             if blamed is None:
