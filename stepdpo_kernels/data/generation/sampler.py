@@ -37,7 +37,7 @@ class SeededSampler(LogitsProcessor):
         self._logps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores (rows, V) float32: the model's logits -> the same shape, 0 for one token of each row, -inf elsewhere."""
+        """scores (rows, V) float32: the model's logits -> as many, 0 for one token of a row, else -inf."""
         logsumexp = scores.logsumexp(-1)  # (rows,)
         known = scores[:, : self.vocabulary]
         tokens = (known.argmax(-1) if self.draws is None else self._draw(known))[:, None]  # (rows, 1)

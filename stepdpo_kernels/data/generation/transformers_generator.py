@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from stepdpo_kernels.data.generation.detokenize import Detokenizer
-from stepdpo_kernels.data.generation.prompts import PromptRenderer, derive_seed
+from stepdpo_kernels.data.generation.prompts import PromptRenderer
 from stepdpo_kernels.data.generation.protocol import Completion, Prompt, Sampling
+from stepdpo_kernels.data.generation.run import Run, begin, end
 from stepdpo_kernels.data.generation.sampler import SeededSampler
 from stepdpo_kernels.types import StepDPOError
 
@@ -72,23 +71,7 @@ class TransformersGenerator:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """n completions of each prompt, in order. Raises StepDPOError where a batch does not fit into memory."""
-        runs = []
-        for index, (prompt, ids) in enumerate(zip(prompts, self.renderer.ids(prompts), strict=True)):
-            room = sampling.max_new_tokens if self.context is None else self.context - len(ids)
-            for sample in range(sampling.n):
-                run = _Run(
-                    index,
-                    derive_seed(sampling.seed, prompt, sample),
-                    ids,
-                    min(room, sampling.max_new_tokens),
-                    sampling.stop,
-                    Detokenizer(self.tokenizer, ids),
-                )
-                if not ids:
-                    run.error = "the prompt has no tokens"
-                elif room < 1:
-                    run.error = f"a prompt of {len(ids)} tokens leaves no room in a context of {self.context}"
-                runs.append(run)
+        runs = begin(prompts, sampling, self.renderer, self.context)
         # The longest first: what does not fit into memory is known at once.
         todo = sorted((run for run in runs if not run.error), key=lambda run: (-len(run.prompt_ids), run.room))
         with self._generating() as ends:
@@ -100,12 +83,9 @@ class TransformersGenerator:
                     continue
                 for start in range(0, len(group), self.batch_size):
                     self._batch(group[start : start + self.batch_size], sampling, ends)
-        completions: list[list[Completion]] = [[] for _ in prompts]
-        for run in runs:
-            completions[run.index].append(run.completion(sampling.logps))
-        return completions
+        return end(runs, prompts, sampling)
 
-    def _batch(self, runs: list[_Run], sampling: Sampling, ends: set[int]) -> None:
+    def _batch(self, runs: list[Run], sampling: Sampling, ends: set[int]) -> None:
         longest = max(len(run.prompt_ids) for run in runs)
         # Where a row is padded it is masked, so any token will do.
         rows = [[0] * (longest - len(run.prompt_ids)) + run.prompt_ids for run in runs]
@@ -133,7 +113,7 @@ class TransformersGenerator:
         for run, logps in zip(runs, sampler.logps().tolist(), strict=True):
             run.logps = logps
 
-    def _continuous(self, runs: list[_Run], sampling: Sampling, ends: set[int]) -> None:
+    def _continuous(self, runs: list[Run], sampling: Sampling, ends: set[int]) -> None:
         drawn = dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=0) if sampling.temperature else {}
         nothing = list(range(self._vocabulary, self.model.config.get_text_config().vocab_size))  # as in SeededSampler
         device = self.model.device
@@ -183,64 +163,6 @@ class TransformersGenerator:
                 module.generation_config = config
 
 
-@dataclass
-class _Run:
-    """One completion while it is generated. index: of its prompt; room: most tokens that it may have."""
-
-    index: int
-    seed: int
-    prompt_ids: list[int]
-    room: int
-    stop: tuple[str, ...]
-    detokenizer: Detokenizer
-    finish: str = ""
-    error: str = ""
-    tokens: int = 0
-    stopped_at: int | None = None
-    logps: list[float] = field(default_factory=list)
-
-    def add(self, token: int, ends: set[int]) -> None:
-        """Takes the next token, until `finish` is set."""
-        if self.finish:
-            return
-        if token in ends:
-            self.finish = "stop"
-            return
-        self.tokens += 1
-        added = self.detokenizer.add(token)
-        if added and self.stop:
-            text = self.detokenizer.text
-            longest = max(map(len, self.stop))
-            found = [text.find(stop, max(0, len(text) - len(added) - longest + 1)) for stop in self.stop]
-            if max(found) >= 0:
-                self.stopped_at = min(at for at in found if at >= 0)
-                self.finish = "stop"
-                return
-        if self.tokens == self.room:
-            self.finish = "length"
-
-    def completion(self, with_logps: bool) -> Completion:
-        logps = self.logps[: self.tokens]
-        if not self.error and any(logp != logp for logp in self.logps[: self.tokens + 1]):
-            self.error = "the model's logits are not finite"
-        if self.error:
-            return Completion("", "failed", self.error)
-        if self.stopped_at is None:
-            self.detokenizer.finish()
-        text, ends = self.detokenizer.text, self.detokenizer.ends
-        if self.stopped_at is not None:
-            text, ends = cut(text, ends, self.stopped_at)
-        if not with_logps:
-            return Completion(text, self.finish)
-        return Completion(text, self.finish, logps=tuple(logps[: len(ends)]), ends=tuple(ends))
-
-
-def cut(text: str, ends: Sequence[int], at: int) -> tuple[str, list[int]]:
-    """The text up to character `at`, and the ends of the tokens that begin before it."""
-    begins = [0, *ends][: len(ends)]
-    return text[:at], [min(end, at) for begin, end in zip(begins, ends, strict=True) if begin < at]
-
-
 def _check_continuous(model: Any, continuous: bool | ContinuousBatchingConfig) -> None:
     if not hasattr(model, "generate_batch"):
         raise StepDPOError(f"continuous: {type(model).__name__} has no generate_batch; leave continuous out")
@@ -260,7 +182,7 @@ def _check_continuous(model: Any, continuous: bool | ContinuousBatchingConfig) -
 class _Stopping(StoppingCriteria):
     """Hands each row its new token and ends the rows that are finished."""
 
-    def __init__(self, runs: list[_Run], ends: set[int]) -> None:
+    def __init__(self, runs: list[Run], ends: set[int]) -> None:
         self.runs = runs
         self.ends = ends
 

@@ -10,7 +10,8 @@ import torch
 
 from stepdpo_kernels.data.generation import Completion, Prompt, Sampling
 from stepdpo_kernels.data.generation.prompts import PromptRenderer
-from stepdpo_kernels.data.generation.transformers_generator import TransformersGenerator, cut
+from stepdpo_kernels.data.generation.run import cut
+from stepdpo_kernels.data.generation.transformers_generator import TransformersGenerator
 from stepdpo_kernels.types import StepDPOError
 from tests.families import FAMILIES
 
