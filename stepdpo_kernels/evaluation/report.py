@@ -29,7 +29,8 @@ class Results:
 
     settings:  what it was made with, what was counted and left out
     scores:    of every item, in order
-    right, wrong:  a few items whose first sample is so, the same ones whatever run it is where they can be
+    right, wrong:  a few items whose first sample is so or not, those with the smallest hashes of their ids: drawn at
+                   random, yet always the same ones
     """
 
     folder: Path
@@ -46,7 +47,6 @@ def read_results(folder: str | PathLike[str], shown: int = SHOWN) -> Results:
     kept: dict[bool, list[tuple[int, int, Item]]] = {True: [], False: []}
     for number, item in enumerate(read_items(folder)):
         scores.append(item.score)
-        # The items with the smallest hashes: drawn at random, and the same ones from every run.
         key = -int.from_bytes(hashlib.sha256(item.id.encode()).digest()[:8])
         heap = kept[item.samples[0].verdict == "right"]
         heapq.heappush(heap, (key, -number, item))
@@ -120,6 +120,12 @@ def score_rows(summary: Summary) -> Iterator[tuple[str, Estimate]]:
             yield f"pass@{k}", found
 
 
+def names_of(a: Results, b: Results) -> tuple[str, str]:
+    """What two runs are called: their models, or their folders where it is one model."""
+    models = str(a.settings["generator"]), str(b.settings["generator"])
+    return models if models[0] != models[1] else (str(a.folder), str(b.folder))
+
+
 def verdict_words(compared: Comparison, a: str, b: str) -> str:
     """One sentence about a comparison."""
     gained = compared.difference
@@ -142,9 +148,7 @@ def _blocks(results: Results, other: Results | None, compared: Comparison | None
     )
     if other is not None and compared is not None:
         yield Heading("Comparison")
-        names = (settings["generator"], other.settings["generator"])
-        if names[0] == names[1]:
-            names = (str(results.folder), str(other.folder))
+        names = names_of(results, other)
         yield Paragraph(verdict_words(compared, *names))
         rows = [
             (name, percent(found.value), points(found.standard_error), interval(found))
@@ -227,7 +231,7 @@ def _settings(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             continue
         if name == "sampling":
             draw = "greedy" if sampling["temperature"] == 0 else f"temperature {sampling['temperature']}"
-            nucleus = "" if sampling["temperature"] == 0 else f", top_p {sampling['top_p']}, seed {sampling['seed']}"
+            nucleus = "" if sampling["temperature"] == 0 else f", top-p {sampling['top_p']}, seed {sampling['seed']}"
             yield "samples of each item", f"{sampling['n']}, {draw}{nucleus}"
             yield "most tokens of a sample", f"{sampling['max_new_tokens']:,}"
         elif name == "skipped":

@@ -268,7 +268,7 @@ def test_folders_without_a_run(data, tmp_path, checker):
         read_settings(tmp_path / "a")
     shutil.rmtree(tmp_path / "a")
     (tmp_path / "a").write_text("")
-    with pytest.raises(StepDPOError, match="output folder .* cannot be made"):
+    with pytest.raises(StepDPOError, match=r"output folder .* cannot be made"):
         evaluate(find_task(data=data), tmp_path / "a", Scripted(mostly_right), checker, GREEDY)
 
 
