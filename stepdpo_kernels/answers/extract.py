@@ -5,7 +5,7 @@ In this order, each by its last occurrence:
     1. what is in \boxed{...} or \fbox{...}, braces nested ("\boxed 5" is the next token)
     2. what follows "####", to the end of the line
     3. what follows "answer is" or "answer:", to the end of the sentence or line
-    4. the last number
+    4. the last number, other than that of a step ("Step 3:")
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 PHRASE = re.compile(r"\banswers?(?:\*\*)?(?: is| are|:| to [^.\n]{1,200} is)(?:\*\*)?:?", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
 NUMBER = re.compile(r"-?\$?(?:\d[\d,]*\d|\d)(?:\.\d+)?(?:/\d+)?%?|-?\.\d+%?")
+STEP = re.compile(r"\bstep\s+\d+\s*:", re.IGNORECASE)
 LAST = 4000  # characters of the end in which the last number is looked for
 TOKEN = re.compile(r"[^\s$,;.]{1,50}")
 
@@ -67,7 +68,7 @@ def _phrase(text: str) -> str | None:
 
 
 def _last_number(text: str) -> str | None:
-    found = NUMBER.findall(text[-LAST:])
+    found = NUMBER.findall(STEP.sub(" ", text[-LAST:]))
     return found[-1] if found else None
 
 

@@ -11,6 +11,7 @@ import typer
 
 from stepdpo_kernels import __version__
 from stepdpo_kernels.cli import prepare
+from stepdpo_kernels.cli.evaluate import evaluate
 from stepdpo_kernels.cli.inspect import inspect
 
 BAD_INPUT = 2  # exit status, as for a bad option
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(evaluate)
 app.command()(inspect)
 app.add_typer(prepare.app, name="prepare")
 

@@ -35,6 +35,8 @@ from stepdpo_kernels.answers import extract_answer
         ("First the answer is 3. Then the answer is 4. So 5", "4"),
         ("The answer to the problem is 12.", "12"),
         ("Step 2: 3 + 4 = 7 eggs", "7"),
+        ("Let's think step by step.\nStep 1: I do not know.", None),
+        ("Step 1: 3 + 4 = 7 eggs.\n**Step 12:** That is all.", "7"),
         ("It costs $1,250.75 in all.", "$1,250.75"),
         ("That is -3/4 of it", "-3/4"),
         ("half of 50%", "50%"),
