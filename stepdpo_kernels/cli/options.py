@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """Lets a command have dataclasses as parameters: typer sees an option for each of their fields."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
@@ -37,9 +37,9 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         else:
             kinds = get_type_hints(kind, include_extras=True)
             parameters += [_parameter(field, kinds[field.name]) for field in fields(kind)]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__dict__["__signature__"] = inspect.Signature(parameters)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del run.__wrapped__  # type: ignore[attr-defined]
+    del run.__dict__["__wrapped__"]
     return run
 
 
@@ -99,6 +99,10 @@ class GeneratorOptions:
     timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 600.0
     retries: Annotated[int, typer.Option(min=0, help="How often a request that failed is sent again.")] = 5
 
+    def _name(self, backend: Backend) -> str:
+        """For records, and for the settings that a stage is resumed with: what decides its samples."""
+        return f"{backend}:{self.model}" + (f" ({self.template})" if self.template != "chat" else "")
+
     def build(self) -> Generator:
         """Raises StepDPOError for options that do not fit together."""
         backend = self.backend or (Backend.OPENAI if self.base_url else Backend.TRANSFORMERS)
@@ -125,7 +129,8 @@ class GeneratorOptions:
             tokenizer=tokenizer,
             template=self.template,
             api=self.api.value,
-            api_key_env=self.api_key_env,
+            key_variable=self.api_key_env,
+            name=self._name(Backend.OPENAI),
             concurrency=self.concurrency,
             timeout=self.timeout,
             retries=self.retries,
@@ -134,7 +139,10 @@ class GeneratorOptions:
     def _vllm(self) -> Generator:
         from stepdpo_kernels.data.generation.vllm_generator import VLLMGenerator
 
-        return VLLMGenerator(self.model, tokenizer=self.tokenizer, template=self.template, dtype=self.dtype)
+        options = {"tokenizer": self.tokenizer} if self.tokenizer else {}
+        return VLLMGenerator(
+            self.model, template=self.template, dtype=self.dtype, name=self._name(Backend.VLLM), **options
+        )
 
     def _transformers(self) -> Generator:
         import torch
@@ -148,7 +156,7 @@ class GeneratorOptions:
             load_tokenizer(self.tokenizer or self.model),
             template=self.template,
             batch_size=self.batch_size,
-            name=f"transformers:{self.model}",
+            name=self._name(Backend.TRANSFORMERS),
         )
 
 

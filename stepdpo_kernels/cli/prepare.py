@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +14,11 @@ import typer
 
 from stepdpo_kernels._bars import open_bar
 from stepdpo_kernels.cli.options import GeneratorOptions, SamplingOptions, StageOptions, StepOptions, spread
+from stepdpo_kernels.types import StepDPOError
 
 if TYPE_CHECKING:
+    from stepdpo_kernels.data.pipeline.grading import Checker
+    from stepdpo_kernels.data.pipeline.locate.protocol import Locator, Verifier
     from stepdpo_kernels.data.pipeline.stage import StageReport
 
 app = typer.Typer(
@@ -36,8 +41,85 @@ class LocatorName(StrEnum):
     HUMAN = "human"
 
 
+class VerifierName(StrEnum):
+    EXACT = "exact"
+    JUDGE = "judge"
+
+
+class Search(StrEnum):
+    BINARY = "binary"
+    LINEAR = "linear"
+
+
 Output = Annotated[Path, typer.Option(help="JSON lines; beside it lies a run file that a killed stage goes on from.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that compare answers.")]
+
+
+@dataclass(frozen=True)
+class OptionalGenerator(GeneratorOptions):
+    """What goes on with solutions, for rollouts alone."""
+
+    model: Annotated[str, typer.Option(help="rollout: the model that wrote the solutions.")] = ""
+
+
+@dataclass(frozen=True)
+class LocatorOptions:
+    """How a locator works."""
+
+    modulus: Annotated[int | None, typer.Option(help="exact: equations hold modulo this number.")] = None
+    strict: Annotated[
+        bool, typer.Option("--strict", help="exact: a step without an equation leaves later ones undecided.")
+    ] = False
+    checker: Annotated[
+        str | None, typer.Option(help="exact: a function module:name that decides instead of the arithmetic.")
+    ] = None
+    judge_model: Annotated[str | None, typer.Option(help="judge: name of the model at its server.")] = None
+    judge_url: Annotated[str | None, typer.Option(help="judge: address of its server, of the OpenAI protocol.")] = None
+    judge_key_env: Annotated[str, typer.Option(help="judge: environment variable with its server's key.")] = (
+        "OPENAI_API_KEY"
+    )
+    judge_concurrency: Annotated[int, typer.Option(min=1, help="judge: requests at a time.")] = 16
+    prompt_file: Annotated[Path | None, typer.Option(help="judge: a prompt of your own; see docs/prepare.md.")] = None
+    price_in: Annotated[float, typer.Option(min=0, help="judge: price of a million prompt tokens.")] = 0.0
+    price_out: Annotated[float, typer.Option(min=0, help="judge: price of a million completion tokens.")] = 0.0
+    rollouts: Annotated[int, typer.Option(min=1, help="rollout: continuations after a step, at most.")] = 8
+    search: Annotated[Search, typer.Option(help="rollout: order in which steps are tried.")] = Search.BINARY
+    review: Annotated[Path | None, typer.Option(help="human: the review file, filled in.")] = None
+
+    def exact(self) -> Verifier:
+        from stepdpo_kernels.data.pipeline.locate.exact import ExactLocator
+
+        return ExactLocator(modulus=self.modulus, strict=self.strict, checker=self.checker)
+
+    def judge(self) -> Verifier:
+        from stepdpo_kernels.data.generation.openai_client import OpenAIClient
+        from stepdpo_kernels.data.pipeline.locate.judge import JudgeLocator
+
+        if self.judge_url is None or self.judge_model is None:
+            raise StepDPOError("a judge needs --judge-url and --judge-model")
+        client = OpenAIClient(
+            self.judge_url, self.judge_model, key_variable=self.judge_key_env, concurrency=self.judge_concurrency
+        )
+        return JudgeLocator(client, prompt_file=self.prompt_file, price_in=self.price_in, price_out=self.price_out)
+
+    def human(self) -> Locator:
+        from stepdpo_kernels.data.pipeline.locate.human import HumanLocator
+
+        if self.review is None:
+            raise StepDPOError("a human locator needs --review: the file that stepdpo prepare review wrote, filled in")
+        return HumanLocator(self.review)
+
+    def build(
+        self, name: LocatorName, generator: OptionalGenerator, sampling: SamplingOptions, checker: Checker
+    ) -> Locator:
+        if name is not LocatorName.ROLLOUT:
+            built: Locator = getattr(self, name.value)()
+            return built
+        from stepdpo_kernels.data.pipeline.locate.rollout import RolloutLocator
+
+        if not generator.model:
+            raise StepDPOError("rollouts need --model: the model that wrote the solutions")
+        return RolloutLocator(generator.build(), checker, sampling.build(self.rollouts), search=self.search.value)
 
 
 @contextmanager
@@ -126,16 +208,75 @@ def collect(
 
 @app.command()
 @spread
+def locate(
+    solutions: Annotated[str, typer.Argument(help="What collect wrote.")],
+    output: Output,
+    options: LocatorOptions,
+    generator: OptionalGenerator,
+    sampling: SamplingOptions,
+    stage: StageOptions,
+    locator: Annotated[LocatorName, typer.Option(help="What finds the first wrong step.")] = LocatorName.EXACT,
+    compare: Annotated[
+        LocatorName | None, typer.Option(help="A second locator; how far the two agree is printed.")
+    ] = None,
+    workers: Workers = 1,
+) -> None:
+    """Find the first wrong step of each wrong solution."""
+    from stepdpo_kernels.answers import AnswerChecker
+    from stepdpo_kernels.data.pipeline.locate.stage import agreement_of, locate
+
+    with (
+        AnswerChecker(workers=workers, seconds=SECONDS) as checker,
+        _progress("locate", _total(solutions, stage.limit)) as progress,
+    ):
+        first = options.build(locator, generator, sampling, checker)
+        second = None if compare is None else options.build(compare, generator, sampling, checker)
+        report = locate(
+            solutions,
+            output,
+            first,
+            compare=second,
+            seed=sampling.seed,
+            chunk=stage.chunk,
+            limit=stage.limit,
+            on_bad=stage.on_bad.value,
+            overwrite=stage.overwrite,
+            partial=stage.partial,
+            progress=progress,
+        )
+    _tell(report)
+    if compare is not None:
+        typer.echo(f"\nAgreement of {locator} (a) and {compare} (b)\n{agreement_of(output)}")
+
+
+@app.command()
+def review(
+    solutions: Annotated[str, typer.Argument(help="What collect wrote.")],
+    output: Annotated[Path, typer.Option(help="The file to be filled in; Markdown.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many solutions.")] = None,
+) -> None:
+    """Write a file in which a person marks first wrong steps, for locate --locator human."""
+    from stepdpo_kernels.data.pipeline.locate.human import write_review
+    from stepdpo_kernels.data.pipeline.solution import read_solutions
+
+    wrong = (solution for solution in read_solutions(solutions) if solution.verdict != "right")
+    count = write_review(islice(wrong, limit), output)
+    typer.echo(f"{count:,} solutions are in {output}: fill in each line that asks for the first wrong step")
+
+
+@app.command()
+@spread
 def rectify(
     located: Annotated[str, typer.Argument(help="What locate wrote.")],
     output: Output,
     generator: GeneratorOptions,
     sampling: SamplingOptions,
     step: StepOptions,
+    locator: LocatorOptions,
     stage: StageOptions,
     n: Annotated[int, typer.Option(min=1, help="Continuations of each mistake.")] = 20,
     verify: Annotated[
-        LocatorName | None, typer.Option(help="A chosen step must also be right by this locator: exact or judge.")
+        VerifierName | None, typer.Option(help="A chosen step must also be right by exact or by a judge.")
     ] = None,
     max_chosen: Annotated[
         int | None, typer.Option(min=1, help="Most pairs of a mistake; default: one for every different right step.")
@@ -156,6 +297,7 @@ def rectify(
             checker,
             sampling.build(n),
             steps=step.build(),
+            verifier=None if verify is None else locator.exact() if verify is VerifierName.EXACT else locator.judge(),
             max_chosen=max_chosen,
             dataset=dataset,
             chunk=stage.chunk,

@@ -27,10 +27,13 @@ and after `locate`:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from stepdpo_kernels.data.records import shorten
+from stepdpo_kernels.data.sources import open_source
 from stepdpo_kernels.data.steps import Step, Steps
 from stepdpo_kernels.types import StepDPOError
 
@@ -143,3 +146,9 @@ class _Fields:
             words = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
             raise StepDPOError(f"{self.where}: field {name!r} must be {words}, got {shorten(value)}")
         return value
+
+
+def read_solutions(path: str | PathLike[str]) -> Iterator[Solution]:
+    """The solutions of a file, one at a time. Raises StepDPOError for one that cannot be read."""
+    for raw in open_source(path, "train", columns=None).records:
+        yield Solution.from_record(raw.value, raw.where)

@@ -16,6 +16,7 @@ from stepdpo_kernels.data.generation import Completion, Prompt, Sampling
 from stepdpo_kernels.data.pipeline.locate.exact import ExactLocator
 from stepdpo_kernels.data.pipeline.locate.rollout import RolloutLocator
 from stepdpo_kernels.data.pipeline.locate.score import agreement
+from stepdpo_kernels.data.pipeline.solution import Solution
 from stepdpo_kernels.types import StepDPOError
 from tests.data.pipeline.solutions import solution
 
@@ -56,7 +57,7 @@ class Solver:
 
 def wrong_solutions(count: int):
     draw = random.Random(0)
-    found = []
+    found: list[Solution] = []
     for problem in islice(problems("collect", 5, 0), 20 * count):
         text = habitual_solution(problem, draw)
         if check_steps(problem.prompt, [s.text for s in solution(text, closing=CLOSING).steps.steps]):

@@ -86,7 +86,7 @@ def test_goes_on_where_it_was_stopped(words, tmp_path, moment, torn):
         file.write(torn)  # of a chunk that was being written
     with pytest.raises(StepDPOError, match="not come to its end"):
         check_complete(output)
-    again = []
+    again: list[Any] = []
     report = run(words, output, replay=again.append)
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert again == lines(output)[: len(again)]

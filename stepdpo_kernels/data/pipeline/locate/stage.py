@@ -9,9 +9,11 @@ from itertools import islice
 from os import PathLike
 
 from stepdpo_kernels.data.pipeline.locate.protocol import Location, Locator
+from stepdpo_kernels.data.pipeline.locate.score import Agreement, agreement
 from stepdpo_kernels.data.pipeline.solution import Solution
 from stepdpo_kernels.data.pipeline.stage import Chunk, StageReport, check_complete, chunk_seed, run_stage
 from stepdpo_kernels.data.sources import open_source
+from stepdpo_kernels.types import StepDPOError
 
 
 def locate(
@@ -87,3 +89,15 @@ def _outcome(location: Location) -> str:
     if location.step is None:
         return f"undecided: {location.problem}" if location.problem else "undecided"
     return "located" if location.step else "without a wrong step"
+
+
+def agreement_of(located: str | PathLike[str]) -> Agreement:
+    """How far the two locators agree that `locate` ran with `compare`. Raises StepDPOError where there was but one."""
+    a, b = [], []
+    for raw in open_source(located, "train", columns=None).records:
+        solution = Solution.from_record(raw.value, raw.where)
+        if "compared_step" not in raw.value:
+            raise StepDPOError(f"{raw.where}: field 'compared_step' is missing: locate with a second locator")
+        a.append(solution.first_wrong_step)
+        b.append(raw.value["compared_step"])
+    return agreement(a, b)
