@@ -1,7 +1,8 @@
 """The model's own mistakes as step pairs: collect, locate, rectify, and the files they are written to.
 
-The pipeline of the paper (Lai et al. 2024, section 3.2), with an exact checker where the paper has GPT-4 and
-people: a first step is accepted because it is right, not because the solution that begins with it ends well.
+The pipeline of the paper (Lai et al. 2024, section 3.2) as `stepdpo prepare` runs it, with an exact checker where the
+paper has GPT-4 and people: a first step is accepted because it is right, not because the solution that begins with it
+ends well.
 """
 
 from __future__ import annotations
@@ -9,120 +10,96 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from examples.miniature.progress import Progress, silent
-from examples.miniature.sampling import complete, solution_tokens
+from examples.miniature.sampling import solution_tokens
 from examples.miniature.settings import Settings
-from examples.miniature.task import (
-    MODULUS,
-    Problem,
-    first_step,
-    first_wrong_step,
-    is_right,
-    marker,
-    problems,
-    right_steps_of,
-)
+from examples.miniature.task import MODULUS, Problem, check_steps, first_wrong_step, marker, problems
+from stepdpo_kernels.answers import AnswerChecker
+from stepdpo_kernels.data.generation import Sampling
+from stepdpo_kernels.data.generation.transformers_generator import TransformersGenerator
+from stepdpo_kernels.data.pipeline.collect import collect
+from stepdpo_kernels.data.pipeline.locate.exact import ExactLocator
+from stepdpo_kernels.data.pipeline.locate.stage import locate
+from stepdpo_kernels.data.pipeline.rectify import rectify
+from stepdpo_kernels.data.pipeline.stage import StageReport
+from stepdpo_kernels.data.steps import StepFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Record = dict[str, str]
+Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Mistake:
-    """A wrong solution of the model, cut at its first wrong step k.
+STEPS = StepFormat(closing=r"\s*Answer:")
+PROBLEMS, SOLUTIONS, LOCATED, PAIRS = "problems.jsonl", "solutions.jsonl", "located.jsonl", "pairs-all.jsonl"
 
-    before:    the right steps and the marker of step k: "Step 1: ... Step k:"
-    rejected:  the text of step k
-    rest:      step k and everything after it
+
+def write_problems(path: Path, settings: Settings) -> None:
+    """The problems that mistakes are collected on."""
+    drawn = islice(problems("collect", settings.chain, settings.seed), settings.collect_problems)
+    records = ({"id": f"p{i}", "prompt": p.prompt, "answer": p.answer} for i, p in enumerate(drawn))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def prepare(
+    model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, settings: Settings, progress: Progress = silent
+) -> tuple[list[Record], int, int]:
+    """The three stages of `stepdpo prepare`, each with its file in `folder`.
+
+    Returns the pairs, how many solutions had a wrong answer, and how many of these were cut at their first wrong step.
     """
-
-    problem: Problem
-    k: int
-    before: str
-    rejected: str
-    rest: str
-
-
-def collect(
-    model: Any, tokenizer: PreTrainedTokenizerFast, settings: Settings, progress: Progress = silent
-) -> tuple[list[Mistake], int]:
-    """The located mistakes in the model's solutions of fresh problems, and how many solutions had a wrong answer.
-
-    A wrong solution gives no mistake where all steps are right (only its answer line is wrong) and where its first
-    wrong line does not begin like a step.
-    """
-    fresh = list(islice(problems("collect", settings.chain, settings.seed), settings.collect_problems))
-    solutions = complete(
-        model,
-        tokenizer,
-        [problem.prompt for problem in fresh],
-        max_new_tokens=solution_tokens(settings),
-        temperature=settings.temperature,
-        batch_size=settings.generation_batch,
-        progress=progress,
+    generator = TransformersGenerator(
+        model, tokenizer, template="none", batch_size=settings.generation_batch, name="miniature"
     )
-    wrong = [(p, s) for p, s in zip(fresh, solutions, strict=True) if not is_right(p, s)]
-    mistakes = [locate(problem, solution) for problem, solution in wrong]
-    return [mistake for mistake in mistakes if mistake is not None], len(wrong)
-
-
-def locate(problem: Problem, solution: str) -> Mistake | None:
-    """Cuts a solution at its first wrong step; None where there is no such step to cut at."""
-    right, text = right_steps_of(problem, solution)
-    k = right + 1
-    before = f"{text} {marker(k)}".lstrip()
-    if right == len(problem.terms) or not solution.startswith(before):
-        return None
-    rest = solution.removeprefix(before)
-    return Mistake(problem, k, before, first_step(rest), rest)
-
-
-def rectify(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    mistakes: Sequence[Mistake],
-    settings: Settings,
-    progress: Progress = silent,
-) -> list[Record]:
-    """Step pairs: the model continues from just before each mistake; every different right step makes one pair."""
-    starts = [mistake for mistake in mistakes for _ in range(settings.continuations)]
-    continuations = complete(
-        model,
-        tokenizer,
-        [mistake.problem.prompt + mistake.before for mistake in starts],
-        max_new_tokens=solution_tokens(settings),
+    locator = ExactLocator(checker=check_steps)
+    sampling = Sampling(
         temperature=settings.temperature,
-        batch_size=settings.generation_batch,
-        progress=progress,
+        top_p=1.0,
+        max_new_tokens=solution_tokens(settings),
+        seed=settings.seed,
+        logps=True,
     )
-    records: dict[tuple[str, str, str], Record] = {}
-    for mistake, continuation in zip(starts, continuations, strict=True):
-        chosen = first_step(continuation)
-        if chosen not in mistake.problem.right_steps(mistake.k):
-            continue
-        key = (mistake.problem.prompt, mistake.before, chosen)
-        records.setdefault(
-            key,
-            {
-                "dataset": "miniature",
-                "prompt": mistake.problem.prompt,
-                "initial_reason_steps": mistake.before,
-                "chosen": chosen,
-                "rejected": mistake.rejected,
-                "full_chosen": continuation,
-                "full_rejected": mistake.rest,
-                "answer": mistake.problem.answer,
-            },
+
+    def show(report: StageReport) -> None:
+        total = settings.collect_problems if report.stage == "collect" else wrong
+        progress(report.read, total, report.stage)
+
+    write_problems(folder / PROBLEMS, settings)
+    again: dict[str, Any] = {"overwrite": True, "progress": show}
+    wrong = 0
+    with AnswerChecker() as checker:
+        collected = collect(
+            folder / PROBLEMS,
+            folder / SOLUTIONS,
+            generator,
+            checker,
+            sampling,
+            beginning=marker(1),
+            steps=STEPS,
+            chunk=300,
+            **again,
         )
-    return list(records.values())
+        wrong = int(collected.counts["wrong"])
+        located = locate(folder / SOLUTIONS, folder / LOCATED, locator, **again)
+        rectify(
+            folder / LOCATED,
+            folder / PAIRS,
+            generator,
+            checker,
+            replace(sampling, n=settings.continuations),
+            steps=STEPS,
+            verifier=locator,
+            dataset="miniature",
+            chunk=100,
+            **again,
+        )
+    return read(folder / PAIRS), wrong, int(located.counts.get("located", 0))
 
 
 def hold_out(records: Sequence[Record], fraction: float = 0.1) -> tuple[list[Record], list[Record]]:
@@ -152,12 +129,16 @@ def write(path: Path, records: Sequence[Record]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+def read(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def read_verified(path: Path, chain: int) -> list[Record]:
     """The records of a file, each step of each checked again from its text alone.
 
     Raises ValueError for a chosen step that is wrong, a rejected one that is right, or earlier steps with an error.
     """
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = read(path)
     for number, record in enumerate(records, start=1):
         problem = Problem.parse(record["prompt"])
         k = record["initial_reason_steps"].count("Step ")

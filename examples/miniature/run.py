@@ -81,10 +81,8 @@ def run(output: Path, settings: Settings, *, fresh: bool = False, console: Conso
     with stage("accuracy before") as show:
         before = evaluate.measure(model, tokenizer, test, settings, show)
 
-    with stage("collect and locate mistakes") as show:
-        mistakes, wrong = pairs.collect(model, tokenizer, settings, show)
-    with stage("rectify them") as show:
-        records = pairs.rectify(model, tokenizer, mistakes, settings, show)
+    with stage("collect, locate and rectify mistakes") as show:
+        records, wrong, located = pairs.prepare(model, tokenizer, output, settings, show)
     prompts = _write_pairs(output, records, wrong, settings)
     sets = {
         "fine-tuning": {problem.prompt for problem in sft.sft_problems(settings)},
@@ -121,7 +119,7 @@ def run(output: Path, settings: Settings, *, fresh: bool = False, console: Conso
         settings=settings,
         cached=cached,
         wrong=wrong,
-        located=len(mistakes),
+        located=located,
         pairs=len(datasets[OWN]),
         held_out=len(datasets[HELD_OUT]),
         logps=(chosen, rejected, random_rejected),

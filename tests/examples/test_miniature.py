@@ -72,9 +72,9 @@ def test_corpus_errs_by_the_habit_alone_and_as_often_as_stated():
             assert k == chances[-1], (problem, solution)
             tens = problem.states[k - 1] // 10
             wrong = f"{10 * tens + problem.states[k] % 10:02}."
-            mistake = pairs.locate(problem, solution)
-            assert mistake is not None
-            assert mistake.rejected.endswith(wrong)
+            steps = pairs.STEPS.split(solution)
+            assert task.check_steps(problem.prompt, [step.text for step in steps.steps]) == k
+            assert steps.steps[k - 1].text.endswith(wrong)
         else:
             assert task.is_right(problem, solution)
     error = math.sqrt(task.HABIT_PROBABILITY * (1 - task.HABIT_PROBABILITY) / with_chance)
@@ -111,25 +111,23 @@ def test_tokenizer_loses_nothing_and_plain_transformers_loads_it(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)([text + EOS for text in texts])["input_ids"] == encoded
 
 
-def test_locate_cuts_at_the_first_wrong_step_and_only_there():
-    mistake = pairs.locate(PROBLEM, RIGHT.replace("gives 02", "gives 12"))
-    assert mistake is not None
-    assert mistake.before == "Step 1: 97+8=05. Step 2:"
-    assert mistake.rejected == " taking 3 gives 12."
-    assert mistake.rest == " taking 3 gives 12. Step 3: 02+4=06. Answer: 06"
-    assert pairs.locate(PROBLEM, RIGHT) is None
-    assert pairs.locate(PROBLEM, RIGHT.replace("Answer: 06", "Answer: 07")) is None  # no step to cut at
-    assert pairs.locate(PROBLEM, RIGHT.replace("Step 2:", "Step 3:")) is None
+def test_solutions_are_cut_into_steps():
+    steps = pairs.STEPS.split(RIGHT)
+    assert steps.text == RIGHT
+    assert [step.text for step in steps.steps] == [" 97+8=05.", " taking 3 gives 02.", " 02+4=06."]
+    assert (steps.before(2), steps.closing) == ("Step 1: 97+8=05. Step 2:", " Answer: 06")
+    texts = [step.text for step in steps.steps]
+    assert task.check_steps(PROBLEM.prompt, texts) == 0
+    assert task.check_steps(PROBLEM.prompt, [*texts, " 06+1=07."]) == 4
+    assert task.check_steps(PROBLEM.prompt, [texts[0], " taking 3 gives 12."]) == 2
 
 
 def test_verification_refuses_pairs_that_are_not_what_they_say(tmp_path):
-    mistake = pairs.locate(PROBLEM, RIGHT.replace("gives 02", "gives 12"))
-    assert mistake is not None
     record = {
         "prompt": PROBLEM.prompt,
-        "initial_reason_steps": mistake.before,
+        "initial_reason_steps": "Step 1: 97+8=05. Step 2:",
         "chosen": " taking 3 gives 02.",
-        "rejected": mistake.rejected,
+        "rejected": " taking 3 gives 12.",
     }
     path = tmp_path / "pairs.jsonl"
     pairs.write(path, [record])
@@ -181,7 +179,7 @@ def test_every_file_is_there(demo):
 
 def test_pairs_are_verified_and_in_the_released_schema(demo):
     fields = ["dataset", "prompt", "initial_reason_steps", "chosen", "rejected"]
-    fields += ["full_chosen", "full_rejected", "answer"]
+    fields += ["full_chosen", "full_rejected", "answer", "id", "group", "step_index", "chosen_logp", "rejected_logp"]
     records = {name: pairs.read_verified(demo.folder / name, QUICK.chain) for name in (run.OWN, run.HELD_OUT)}
     assert demo.results.pairs == len(records[run.OWN]) > 0
     assert demo.results.held_out == len(records[run.HELD_OUT]) > 0

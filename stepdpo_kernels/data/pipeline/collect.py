@@ -69,7 +69,7 @@ def collect(
                 if on_bad == "stop":
                     raise StepDPOError(
                         f"problem {problem.id!r}: field 'answer' cannot be read as an answer: {problem.answer!r}; mend "
-                        "it, or leave such problems out with --on_bad skip"
+                        "it, or leave such problems out with --on-bad skip"
                     )
                 counts["solutions of unreadable answers"] += 1
                 continue

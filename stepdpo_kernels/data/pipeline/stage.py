@@ -243,7 +243,7 @@ class _Items(Generic[T]):
             raise StepDPOError(f"{raw.where}: field 'id': {shorten(item.id)} came before: give every record its own id")
         except StepDPOError as error:
             if self.on_bad == "stop":
-                raise StepDPOError(f"{error}; or leave such records out with --on_bad skip") from error
+                raise StepDPOError(f"{error}; or leave such records out with --on-bad skip") from error
             self.skipped[reason] += 1
             return None
 
