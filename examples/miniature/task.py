@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -136,3 +136,15 @@ def first_step(text: str) -> str:
 def is_right(problem: Problem, solution: str) -> bool:
     """Whether the final answer is right, which is what accuracy counts."""
     return solution.endswith(f"Answer: {problem.answer}")
+
+
+def check_steps(prompt: str, steps: Sequence[str]) -> int | None:
+    """The first wrong step of a solution, 0 if all are right: for `stepdpo prepare locate --checker`.
+
+    A step is right if it applies the next term of the problem to the number before it, in one of the two forms.
+    """
+    problem = Problem.parse(prompt)
+    for k, text in enumerate(steps, start=1):
+        if k > len(problem.terms) or text not in problem.right_steps(k):
+            return k
+    return 0

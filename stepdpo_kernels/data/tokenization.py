@@ -56,6 +56,20 @@ class _Encoded(NamedTuple):
     ends: list[int]
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+    """Token ids of each text; special: with what the tokenizer puts around it of its own accord."""
+    encoded = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
+    return encoded["input_ids"]
+
+
+def special_lead(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The special tokens that the tokenizer puts before a text of its own accord, found out from `text`."""
+    (bare,), (full,) = encode(tokenizer, [text]), encode(tokenizer, [text], special=True)
+    starts = [i for i in range(len(full) - len(bare) + 1) if bare and full[i : i + len(bare)] == bare]
+    bos = full[:1] if full[:1] == [tokenizer.bos_token_id] else []
+    return full[: starts[-1]] if starts else bos
+
+
 class StepTokenizer:
     """Tokenises records in batches with one tokenizer, prompt template, rule for the boundary and unit.
 
@@ -109,18 +123,13 @@ class StepTokenizer:
         return _Texts(prompt, *(before + text + self.end for text in solutions))
 
     def _special_lead(self, text: str) -> list[int]:
-        """The special tokens that the tokenizer puts before a text of its own accord, found out from `text`."""
         if self._lead is None:
-            bare, full = self._ids([text])[text], self._ids([text], special=True)[text]
-            starts = [i for i in range(len(full) - len(bare) + 1) if bare and full[i : i + len(bare)] == bare]
-            bos = full[:1] if full[:1] == [self.tokenizer.bos_token_id] else []
-            self._lead = full[: starts[-1]] if starts else bos
+            self._lead = special_lead(self.tokenizer, text)
         return self._lead
 
-    def _ids(self, texts: Sequence[str], special: bool = False) -> dict[str, list[int]]:
+    def _ids(self, texts: Sequence[str]) -> dict[str, list[int]]:
         distinct = list(dict.fromkeys(texts))
-        encoded = self.tokenizer(distinct, add_special_tokens=special, return_attention_mask=False, verbose=False)
-        return dict(zip(distinct, encoded["input_ids"], strict=True))
+        return dict(zip(distinct, encode(self.tokenizer, distinct), strict=True))
 
     def _encode(self, texts: Sequence[str]) -> dict[str, _Encoded]:
         distinct = list(dict.fromkeys(texts))

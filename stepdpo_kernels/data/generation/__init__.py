@@ -1,4 +1,8 @@
-"""Sampling text behind one small protocol: transformers, vLLM, any server of the OpenAI protocol."""
+"""Sampling text behind one small protocol: transformers, vLLM, any server of the OpenAI protocol.
+
+A generator is imported from its own module, so that none needs the packages of another: `transformers_generator`,
+`vllm_generator`, `openai_generator`.
+"""
 
 from __future__ import annotations
 

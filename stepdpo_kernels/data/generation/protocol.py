@@ -59,8 +59,8 @@ class Completion:
     error:    for "failed", why
     logps:    log-prob of each token at temperature 1 and without top_p, as the model itself gives it; None where the
               generator reports none
-    ends:     for each token of `logps`, how many characters of `text` lie at or before its end; the token that ends
-              the completion is not among them
+    ends:     for each token of `logps`, how many characters of `text` lie at or before its end. Tokens that hold
+              nothing of the text but end it (EOS, the rest of a stop text) are in neither
     """
 
     text: str

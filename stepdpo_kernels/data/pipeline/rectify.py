@@ -26,7 +26,7 @@ from typing import Any
 from stepdpo_kernels.data.generation import Completion, Generator, Prompt, Sampling
 from stepdpo_kernels.data.pipeline.collect import step_logps
 from stepdpo_kernels.data.pipeline.grading import Checker, grade
-from stepdpo_kernels.data.pipeline.locate.protocol import Locator
+from stepdpo_kernels.data.pipeline.locate.protocol import Verifier
 from stepdpo_kernels.data.pipeline.solution import Solution
 from stepdpo_kernels.data.pipeline.stage import Chunk, SeenKeys, StageReport, check_complete, chunk_seed, run_stage
 from stepdpo_kernels.data.sources import open_source
@@ -54,7 +54,7 @@ def rectify(
     sampling: Sampling,
     *,
     steps: StepFormat | None = None,
-    verifier: Locator | None = None,
+    verifier: Verifier | None = None,
     max_chosen: int | None = None,
     dataset: str = "stepdpo",
     chunk: int = 32,
@@ -183,22 +183,20 @@ def parse_located(raw: Any) -> Solution:
     return solution
 
 
-def _verified(candidates: Sequence[Candidate], verifier: Locator, seed: int, counts: Counter[str]) -> list[Candidate]:
+def _verified(candidates: Sequence[Candidate], verifier: Verifier, seed: int, counts: Counter[str]) -> list[Candidate]:
     """Those whose step k the locator finds right. Each different step is looked at once."""
     first: dict[tuple[str, int, str], Candidate] = {}
     for candidate in candidates:
         first.setdefault(_key(candidate), candidate)
     asked = list(first.values())
-    locations = verifier.locate([candidate.solution for candidate in asked], seed) if asked else []
+    verdicts = verifier.verify([c.solution for c in asked], [c.k for c in asked], seed) if asked else []
     right: set[tuple[str, int, str]] = set()
-    for candidate, location in zip(asked, locations, strict=True):
-        counts.update(location.counts)
-        if location.step is None:
-            counts["chosen steps undecided"] += 1
-        elif 0 < location.step <= candidate.k:
-            counts["chosen steps wrong"] += 1
-        else:
+    for candidate, (verdict, took) in zip(asked, verdicts, strict=True):
+        counts.update(took)
+        if verdict:
             right.add(_key(candidate))
+        else:
+            counts["chosen steps undecided" if verdict is None else "chosen steps wrong"] += 1
     return [candidate for candidate in candidates if _key(candidate) in right]
 
 

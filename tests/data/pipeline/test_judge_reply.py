@@ -73,7 +73,7 @@ def decision(*verdicts: str) -> str:
         (f"{decision(YES, NO)}\nTo repeat it:\n{decision(YES, NO, NO)}", 2),
         (f"<think>{decision(NO)} no...</think>{decision(YES, NO)}", 2),
         (f"maybe {decision(NO)}</think>{decision(YES, NO)}", 2),
-        ("FINAL DECISION: Step 1 – correct, Step 2 — incorrect", 2),  # noqa: RUF001
+        ("FINAL DECISION: Step 1 – correct, Step 2 — incorrect", 2),
         (as_json(2, True, False, True, True, True), 2),
         (as_json(0, True, True, True, True, True), 0),
         (as_json(3, True, True, False), 3),

@@ -15,7 +15,7 @@ from typing import Any
 
 from stepdpo_kernels.data.generation.openai_client import OpenAIClient, Reply, Session
 from stepdpo_kernels.data.pipeline.locate.prompt import JudgePrompt
-from stepdpo_kernels.data.pipeline.locate.protocol import Location
+from stepdpo_kernels.data.pipeline.locate.protocol import Location, Verdicts, verify_by_locating
 from stepdpo_kernels.data.pipeline.locate.reply import SCHEMA, read_reply
 from stepdpo_kernels.data.pipeline.solution import Solution
 from stepdpo_kernels.types import StepDPOError
@@ -89,6 +89,9 @@ class JudgeLocator:
             "max_tokens": self._max_tokens,
             "tries": self._tries,
         }
+
+    def verify(self, solutions: Sequence[Solution], ks: Sequence[int], seed: int) -> Verdicts:
+        return verify_by_locating(self, solutions, ks, seed)
 
     def locate(self, solutions: Sequence[Solution], seed: int) -> list[Location]:
         """As Locator says. Also raises StepDPOError when the server fails on each of two or more solutions, or refuses

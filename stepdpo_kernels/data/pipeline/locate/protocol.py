@@ -45,3 +45,25 @@ class Locator(Protocol):
         is a Location of step None.
         """
         ...
+
+
+Verdicts = list[tuple[bool | None, Counter[str]]]
+
+
+class Verifier(Locator, Protocol):
+    """A locator that can also say of one step whether it is right."""
+
+    def verify(self, solutions: Sequence[Solution], ks: Sequence[int], seed: int) -> Verdicts:
+        """For each solution whether its step k is right, given that the steps before it are, and what that took.
+
+        None where the verifier cannot tell.
+        """
+        ...
+
+
+def verify_by_locating(locator: Locator, solutions: Sequence[Solution], ks: Sequence[int], seed: int) -> Verdicts:
+    """`verify` of a locator that looks at whole solutions: a step is right that lies before the first wrong one."""
+    return [
+        (None if location.step is None else location.step == 0 or location.step > k, location.counts)
+        for location, k in zip(locator.locate(solutions, seed), ks, strict=True)
+    ]

@@ -44,9 +44,9 @@ class Reading(NamedTuple):
 _THOUGHT_ENDS, _THOUGHT_BEGINS = re.compile(r"(?i)</think(?:ing)?>"), re.compile(r"(?i)<think(?:ing)?>")
 _MARKUP = re.compile(r"[*_`#|>~]|\\text(?:bf|it)?\b|[{}$]")
 _DECISION = re.compile(r"final\s+decision", re.IGNORECASE)
-_NUMBERS = r"\d+(?:\s*(?:,|and|&|-|–|to|through)\s*(?:steps?\s*)?\d+){0,99}"  # noqa: RUF001
+_NUMBERS = r"\d+(?:\s*(?:,|and|&|-|–|to|through)\s*(?:steps?\s*)?\d+){0,99}"
 _VERDICT = re.compile(
-    rf"\bsteps?\s*({_NUMBERS})[\s:=–—-]*(?:\b(?:is|are)\b[\s:=–—-]*)?"  # noqa: RUF001
+    rf"\bsteps?\s*({_NUMBERS})[\s:=–—-]*(?:\b(?:is|are)\b[\s:=–—-]*)?"
     r"(?:(incorrect|not\s+correct|wrong|false|✗|✘|❌)|(correct|right|true|✓|✔|✅))(?![\w-])",
     re.IGNORECASE,
 )
@@ -134,7 +134,7 @@ def _verdicts(text: str, count: int) -> list[tuple[int, bool]]:
     verdicts = []
     for match in _VERDICT.finditer(text):
         numbers = [int(number[:9]) for number in re.findall(r"\d+", match[1])]
-        if re.search(r"-|–|to|through", match[1]) and len(numbers) == 2:  # noqa: RUF001
+        if re.search(r"-|–|to|through", match[1]) and len(numbers) == 2:
             numbers = [*range(numbers[0], min(numbers[1], count + 1) + 1)]
         verdicts += [(number, match[3] is not None) for number in numbers]
     if not verdicts and _ALL.fullmatch(text):
