@@ -147,8 +147,8 @@ def _run(
     with AnswerChecker(workers=workers, seconds=SECONDS) as checker, open_bar(total, "evaluate: ", unit="items") as bar:
 
         def show(report: StageReport) -> None:
+            bar.set_postfix_str(_share_right(report), refresh=False)
             bar.update(report.read - bar.n)
-            bar.set_postfix_str(_share_right(report))
 
         evaluate(
             task,

@@ -172,7 +172,7 @@ def _blocks(results: Results, other: Results | None, compared: Comparison | None
         if rows_:
             yield Heading(words)
             yield table_of(rows_)
-    for words, kind, items in (("Wrong", "wrong", results.wrong), ("Right", "right", results.right)):
+    for words, kind, items in (("Not right", "wrong", results.wrong), ("Right", "right", results.right)):
         if items:
             yield Heading(f"{words}: some items, drawn at random")
             for item in items:

@@ -127,7 +127,9 @@ def test_what_was_cut_off_is_said(folder, models, capsys):
 
 def test_progress(folder, models, capsys):
     assert evaluate("good", "out", "--chunk", "5") == 0
-    assert re.search(r"evaluate: 12 items, .* passed, 91.7% right", capsys.readouterr().err)
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"evaluate: 12 items, .* passed, 91.7% right", lines[-1])
+    assert sum("12 items" in line for line in lines) == 1
 
 
 @pytest.mark.parametrize(

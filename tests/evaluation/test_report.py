@@ -127,7 +127,7 @@ def test_report_of_a_run(data, tmp_path, checker):
     assert [name for name in rows if name.startswith("Level")] == ["Level 1", "Level 2", "Level 3"]
     assert rows["template"] == ["none"]
     assert rows["samples of each item"] == ["1, greedy"]
-    wrong, right = markdown.index("## Wrong"), markdown.index("## Right")
+    wrong, right = markdown.index("## Not right"), markdown.index("## Right")
     assert set(re.findall(r"### (q\d+): (.*), right is", markdown[wrong:right])) == {
         ("q1", "answered 3"),
         ("q2", "answered 5"),
