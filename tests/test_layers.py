@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "types": set(),
     "_dispatch": set(),
+    "_bars": set(),
     "answers": set(),
     "data": {"answers"},
     "packing": {"data"},
@@ -28,7 +29,7 @@ MAY_IMPORT = {
     "integrations": {"data", "packing", "model", "loss", "trainer"},
     "cli": {"answers", "data", "packing", "ops", "model", "loss", "trainer", "evaluation"},
 }
-FOR_ALL = {"types", "_dispatch"}
+FOR_ALL = {"types", "_dispatch", "_bars"}
 WITHOUT_TRANSFORMERS = {"types", "_dispatch", "ops", "packing", "loss"}
 OUTSIDE = {"benchmarks", "examples", "tests"}
 
