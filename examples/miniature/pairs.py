@@ -130,7 +130,8 @@ def write(path: Path, records: Sequence[Record]) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with path.open() as file:
+        return [json.loads(line) for line in file]
 
 
 def read_verified(path: Path, chain: int) -> list[Record]:

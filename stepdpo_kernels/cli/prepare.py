@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stepdpo_kernels._bars import open_bar
-from stepdpo_kernels.cli.options import GeneratorOptions, SamplingOptions, StageOptions, StepOptions, spread
+from stepdpo_kernels.cli.options import GeneratorOptions, OnBad, SamplingOptions, StageOptions, StepOptions, spread
 from stepdpo_kernels.types import StepDPOError
 
 if TYPE_CHECKING:
@@ -44,6 +44,18 @@ class LocatorName(StrEnum):
 class VerifierName(StrEnum):
     EXACT = "exact"
     JUDGE = "judge"
+
+
+class ImportFormat(StrEnum):
+    PRM800K = "prm800k"
+    STEP_DPO = "step-dpo"
+    PREFERENCE = "preference"
+
+
+class ExportFormat(StrEnum):
+    TRL = "trl"
+    TRL_TEXT = "trl-text"
+    LLAMA_FACTORY = "llama-factory"
 
 
 class Search(StrEnum):
@@ -305,6 +317,67 @@ def rectify(
             on_bad=stage.on_bad.value,
             overwrite=stage.overwrite,
             partial=stage.partial,
+            progress=progress,
+        )
+    _tell(report)
+
+
+@app.command("import")
+@spread
+def import_(
+    source: Annotated[str, typer.Argument(help="Their data: JSONL, JSON, Parquet, a folder, or a hub id.")],
+    output: Output,
+    step: StepOptions,
+    format: Annotated[ImportFormat, typer.Option(help="What it is.")],
+    max_pairs: Annotated[int | None, typer.Option(min=1, help="prm800k: most pairs of a step.")] = None,
+    split: Annotated[str, typer.Option(help="Of a hub dataset or a folder.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first so many records.")] = None,
+    on_bad: Annotated[OnBad, typer.Option(help="A record that cannot be read: stop, or skip it.")] = OnBad.STOP,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin again, whatever is there.")] = False,
+) -> None:
+    """Make step pairs of PRM800K, of Math-Step-DPO-10K as it is, or of preferences between whole answers."""
+    from stepdpo_kernels.data.importers import import_pairs
+
+    with _progress("import", _total(source, limit)) as progress:
+        report = import_pairs(
+            source,
+            output,
+            format.value,
+            steps=step.build(),
+            max_pairs=max_pairs,
+            split=split,
+            limit=limit,
+            on_bad=on_bad.value,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _tell(report)
+
+
+@app.command()
+def export(
+    pairs: Annotated[str, typer.Argument(help="Step pairs: JSONL, JSON, Parquet, a folder, or a hub id.")],
+    output: Output,
+    format: Annotated[ExportFormat, typer.Option(help="For what.")],
+    template: Annotated[str, typer.Option(help="trl-text: alpaca, deepseek-math, qwen2-boxed or none.")] = "none",
+    split: Annotated[str, typer.Option(help="Of a hub dataset or a folder.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first so many records.")] = None,
+    on_bad: Annotated[OnBad, typer.Option(help="A record that cannot be read: stop, or skip it.")] = OnBad.STOP,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin again, whatever is there.")] = False,
+) -> None:
+    """Write step pairs for TRL or for LLaMA-Factory."""
+    from stepdpo_kernels.data.exporters import export_pairs
+
+    with _progress("export", _total(pairs, limit)) as progress:
+        report = export_pairs(
+            pairs,
+            output,
+            format.value,
+            template=template,
+            split=split,
+            limit=limit,
+            on_bad=on_bad.value,
+            overwrite=overwrite,
             progress=progress,
         )
     _tell(report)

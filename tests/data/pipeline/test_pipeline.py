@@ -78,7 +78,7 @@ def write(path: Path, records: Sequence[Any]) -> Path:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.open()]
 
 
 SUM = {"id": "sum", "prompt": "What is 1 + 2 + 4?", "answer": "7", "reference": "1 + 2 = 3, 3 + 4 = 7"}

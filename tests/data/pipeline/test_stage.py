@@ -54,7 +54,7 @@ def run(source: Path, output: Path, **options: Any) -> Any:
 
 
 def lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.open()]
 
 
 def test_every_record_once_in_order(words, tmp_path):
