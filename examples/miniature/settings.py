@@ -20,7 +20,7 @@ class Settings:
     sft_batch: int = 64
     sft_learning_rate: float = 3e-3
 
-    collect_problems: int = 900
+    collect_problems: int = 1150
     temperature: float = 0.8
     continuations: int = 6  # sampled from the prefix of each located error
 

@@ -113,7 +113,7 @@ def test_what_prm800k_leaves_out(tmp_path):
         (row() | {"label": {"steps": 5}}, "field 'label' must hold a list 'steps'"),
         (row(step({"rating": 1})), "step 1: a completion must hold a 'text'"),
         (row(step(completion("a", 1), chosen=3)), "step 1: field 'chosen_completion' is 3"),
-        (row(5), "step 1"),  # type: ignore[arg-type]
+        (row(5), "step 1"),
     ],
 )
 def test_broken_rows_of_prm800k(tmp_path, bad, said):
