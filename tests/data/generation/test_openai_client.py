@@ -182,6 +182,12 @@ def test_after_the_last_try_the_reply_says_why(serve: Callable[..., OpenAIServer
     assert (made.usage.retries, made.usage.failed) == (2, 1)
 
 
+def test_an_error_inside_a_status_of_200_is_told(serve: Callable[..., OpenAIServer]) -> None:
+    server = serve(lambda request: Raw(b'{"error": {"message": "out of memory"}, "choices": [{"text": "a"}]}'))
+    (reply,) = client(server, retries=0).map(complete, ["a"])
+    assert reply.error == "the server failed: {'message': 'out of memory'} (tried 1 times)"
+
+
 @pytest.mark.parametrize("code", [400, 413, 422])
 def test_a_refused_request_is_not_sent_again(serve: Callable[..., OpenAIServer], code: int) -> None:
     server = serve(lambda request: Status(code, "too long"))
