@@ -43,6 +43,7 @@ class Sampling:
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("stop", isinstance(self.stop, tuple) and all(self.stop), "a tuple of texts, none of them empty"),
         ):
             if not ok:
                 raise StepDPOError(f"{name} must be {must}, got {getattr(self, name)!r}")

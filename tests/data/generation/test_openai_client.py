@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("openai")
 
 from stepdpo_kernels import StepDPOError
-from stepdpo_kernels.data.generation.openai_client import OpenAIClient, Reply, Session
+from stepdpo_kernels.data.generation.openai_client import OpenAIClient, Reply, Session, _retry_after
 from tests.openai_server import Cut, Endless, Fault, Hang, OpenAIServer, Raw, Request, Reset, Status
 
 KEY = "sk-very-secret-0123456789"
@@ -133,13 +133,27 @@ def test_valid_json_of_another_content_type_is_an_answer(serve: Callable[..., Op
     assert reply.text == "yes"
 
 
-@pytest.mark.parametrize("date", [False, True])
-def test_the_server_says_how_long_to_wait(serve: Callable[..., OpenAIServer], date: bool) -> None:
-    wait = formatdate(time.time() + 2, usegmt=True) if date else "1"
-    server = serve(faults=[Status(429, headers={"Retry-After": wait})])
+def test_the_server_says_how_long_to_wait(serve: Callable[..., OpenAIServer]) -> None:
+    server = serve(faults=[Status(429, headers={"Retry-After": "0.4"})])
     begin = time.perf_counter()
     client(server).map(complete, ["a"])
-    assert 0.9 < time.perf_counter() - begin < 4
+    assert 0.4 <= time.perf_counter() - begin < 4
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "most"),
+    [
+        ("3", 3, 3),
+        ("-3", 0, 0),
+        (formatdate(time.time() + 3600, usegmt=True), 3000, 3600),
+        (formatdate(time.time() - 3600), 0, 0),
+        ("soon", None, None),
+        ("", None, None),
+    ],
+)
+def test_seconds_and_dates_to_wait(value: str, least: float | None, most: float | None) -> None:
+    found = _retry_after({"retry-after": value})
+    assert found == least if found is None or least is None or most is None else least <= found <= most
 
 
 def test_the_server_cannot_ask_for_more_than_two_minutes(
@@ -166,6 +180,12 @@ def test_after_the_last_try_the_reply_says_why(serve: Callable[..., OpenAIServer
     assert (one.text, two.text, three.text) == ("fine", "", "fine")
     assert two.error == "500: no luck (tried 3 times)"
     assert (made.usage.retries, made.usage.failed) == (2, 1)
+
+
+def test_an_error_inside_a_status_of_200_is_told(serve: Callable[..., OpenAIServer]) -> None:
+    server = serve(lambda request: Raw(b'{"error": {"message": "out of memory"}, "choices": [{"text": "a"}]}'))
+    (reply,) = client(server, retries=0).map(complete, ["a"])
+    assert reply.error == "the server failed: {'message': 'out of memory'} (tried 1 times)"
 
 
 @pytest.mark.parametrize("code", [400, 413, 422])

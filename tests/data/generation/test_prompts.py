@@ -31,6 +31,15 @@ def test_the_tokens_are_those_of_training(tokenizer: Any, template: str, prompt:
     assert ids == trained.prefix_ids
 
 
+def test_a_chat_template_without_a_bos_gets_none(tiny_tokenizer: Any) -> None:
+    tokenizer = tiny_tokenizer("llama")
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
+    record = StepRecord("here", "id", "", 1.0, *PROMPT, " We", " They")
+    (trained,) = StepTokenizer(tokenizer, boundary="separate")([record])
+    assert PromptRenderer(tokenizer).ids([PROMPT]) == [trained.prefix_ids]
+    assert tokenizer.bos_token_id not in trained.prefix_ids
+
+
 @pytest.mark.parametrize("template", TEMPLATE_NAMES)
 def test_a_server_that_adds_a_bos_sees_the_same_tokens(tiny_tokenizer: Any, template: str) -> None:
     tokenizer = tiny_tokenizer("llama")
