@@ -24,12 +24,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from stepdpo_kernels._errors import StepDPOError as StepDPOError
+
 TokenIds = NDArray[np.int32]
 _T = TypeVar("_T")
-
-
-class StepDPOError(ValueError):
-    """Input that this library cannot use: the message names the record, the field and the value."""
 
 
 def _token_ids(value: ArrayLike, name: str, pair_id: str) -> TokenIds:

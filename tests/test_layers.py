@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "types": set(),
     "_dispatch": set(),
     "_bars": set(),
+    "_errors": set(),
     "answers": set(),
     "data": {"answers"},
     "packing": {"data"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "integrations": {"data", "packing", "model", "loss", "trainer"},
     "cli": {"answers", "data", "packing", "ops", "model", "loss", "trainer", "evaluation"},
 }
-FOR_ALL = {"types", "_dispatch", "_bars"}
+FOR_ALL = {"types", "_dispatch", "_bars", "_errors"}
 WITHOUT_TRANSFORMERS = {"types", "_dispatch", "ops", "packing", "loss"}
 OUTSIDE = {"benchmarks", "examples", "tests"}
 

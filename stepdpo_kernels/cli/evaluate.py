@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepdpo_kernels._bars import open_bar
+from stepdpo_kernels._errors import StepDPOError
 from stepdpo_kernels.cli.options import GeneratorOptions, OnBad, spread
-from stepdpo_kernels.types import StepDPOError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,4 +1,7 @@
-"""`stepdpo inspect`: what is in a file of step pairs, what sharing saves on it, and what a packed batch looks like."""
+"""`stepdpo inspect`: what is in a file of step pairs, what sharing saves on it, and what a packed batch looks like.
+
+The pairs themselves are shown by `pairs_view.py`, a batch is drawn by `picture.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from stepdpo_kernels.cli.pairs_view import (
+    Sort,
+    View,
+    choose,
+    html_page,
+    print_views,
+    read_records,
+    token_logps,
+    views_of,
+    write_whole,
+)
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -21,6 +36,7 @@ if TYPE_CHECKING:
     from stepdpo_kernels.data import LoadReport
     from stepdpo_kernels.types import StepPair
 
+HTML_PAIRS = 100  # where --show names no number
 PADDED = 8  # pairs of a padded batch to compare with
 COLOURS = {"prefix": "dim", "chosen": "green", "rejected": "red"}
 
@@ -79,22 +95,39 @@ def inspect(
     pairs: Annotated[
         int, typer.Option(min=1, max=32, help="How many pairs to draw, at most: those of one problem.")
     ] = 4,
+    show: Annotated[int, typer.Option(min=0, help="Print so many pairs, their steps side by side.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Write pairs to this HTML file: --show many, or 100.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Show these pairs: ids with commas between them.")] = None,
+    sort: Annotated[
+        Sort, typer.Option(help="Which pairs are shown first: margin begins with what the model gets most wrong.")
+    ] = Sort.FILE,
+    seed: Annotated[int, typer.Option(help="Of --sort random.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Show the log-prob of every token under this model: folder, GGUF or hub id.")
+    ] = None,
 ) -> None:
-    """Print what is in step pairs, what would be left out and why, and what sharing prefixes saves; draw a batch."""
+    """Print what is in step pairs, what would be left out and why, and what sharing prefixes saves; show pairs."""
     from stepdpo_kernels.data import load_step_pairs
     from stepdpo_kernels.types import StepDPOError
 
+    tokenizer = tokenizer or model
+    shown = Shown(show, html, ids, sort, seed)
+    if html is not None:
+        _check_output(html, ".html")
+    if tokenizer is None and shown.wanted:
+        _show(shown, views_of(read_records(data, unit.value, limit)), data, None)
+        return
     if tokenizer is None:
         raise StepDPOError(
             "stepdpo inspect: lengths are counted in tokens, so --tokenizer is needed: "
-            "the folder or hub id of the model that you want to train"
+            "the folder or hub id of the model that you want to train (--show and --html do without it)"
         )
     if output is not None:
-        _check_output(output)
+        _check_output(output, ".png")
 
     from rich.console import Console
 
-    from stepdpo_kernels.trainer import load_tokenizer
+    from stepdpo_kernels.trainer import load_model, load_tokenizer
 
     console = Console(highlight=False)
     tokens_of = load_tokenizer(tokenizer)
@@ -116,7 +149,11 @@ def inspect(
     in_steps = step_costs(dataset, max_tokens, share.value, pairs_per_step)
     console.print(sharing_table(costs | in_steps, dataset, max_tokens))
     print_verdict(console, costs, in_steps, share.value, pairs_per_step)
-    print_pair(console, dataset[0], tokens_of)
+    if shown.wanted:
+        logps = None if model is None else token_logps(load_model(model, "float32"), dataset, max_tokens)
+        _show(shown, views_of(read_records(data, unit.value, limit), dataset, tokens_of, logps), data, model)
+    else:
+        print_pair(console, dataset[0], tokens_of)
     if output is not None:
         from stepdpo_kernels.cli.picture import draw
         from stepdpo_kernels.packing import build_batch
@@ -128,14 +165,41 @@ def inspect(
         console.print(f"\nThe picture of {drawn} is in {output}", markup=False, soft_wrap=True)
 
 
-def _check_output(path: Path) -> None:
+class Shown(NamedTuple):
+    """Which pairs are shown, and where: the options of the same names."""
+
+    show: int
+    html: Path | None
+    ids: str | None
+    sort: Sort
+    seed: int
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.show or self.html or self.ids)
+
+
+def _show(shown: Shown, views: list[View], data: str, model: str | None) -> None:
+    from rich.console import Console
+
+    chosen = choose(views, shown.show or HTML_PAIRS, shown.sort, shown.ids, shown.seed)
+    if shown.show or shown.ids:
+        print_views(Console(highlight=False, markup=False), chosen)
+    if shown.html is not None:
+        write_whole(shown.html, html_page(chosen, data, model))
+        typer.echo(f"\n{len(chosen)} pairs are in {shown.html}")
+
+
+def _check_output(path: Path, suffix: str) -> None:
     from stepdpo_kernels.types import StepDPOError
 
-    if path.suffix.lower() != ".png":
-        raise StepDPOError(f"--output {str(path)!r}: the picture is a PNG, so the name must end in .png")
+    option = "--output" if suffix == ".png" else "--html"
+    if path.suffix.lower() != suffix:
+        what = "the picture is a PNG" if suffix == ".png" else "the page is HTML"
+        raise StepDPOError(f"{option} {str(path)!r}: {what}, so the name must end in {suffix}")
     if path.is_dir() or not path.parent.is_dir():
         problem = "is a folder" if path.is_dir() else f"there is no folder {str(path.parent)!r}"
-        raise StepDPOError(f"--output {str(path)!r}: {problem}; name a file in a folder that exists")
+        raise StepDPOError(f"{option} {str(path)!r}: {problem}; name a file in a folder that exists")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from stepdpo_kernels.types import StepDPOError
+from stepdpo_kernels._errors import StepDPOError
 
 if TYPE_CHECKING:
     from stepdpo_kernels.data.generation import Generator, Sampling

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stepdpo_kernels._bars import open_bar
+from stepdpo_kernels._errors import StepDPOError
 from stepdpo_kernels.cli.options import GeneratorOptions, OnBad, SamplingOptions, StageOptions, StepOptions, spread
-from stepdpo_kernels.types import StepDPOError
 
 if TYPE_CHECKING:
     from stepdpo_kernels.data.pipeline.grading import Checker
