@@ -20,6 +20,7 @@ APIS = ("completions", "chat")
 # Servers have filters and penalties of their own (llama.cpp: top_k 40, min_p 0.05; vLLM: those of the model's
 # generation_config). These turn them off, and servers that do not know one ignore it.
 NO_FILTERS: Mapping[str, Any] = MappingProxyType({"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0})
+REFUSED = ("400:", "413:", "422:")  # what is wrong is the request, not the server
 FINISHES = {"stop": "stop", "eos_token": "stop", "stop_sequence": "stop", "length": "length"}
 
 
@@ -82,7 +83,8 @@ class OpenAIGenerator:
         self.name = name or f"openai:{model}"
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
-        """n completions of each prompt, in order."""
+        """n completions of each prompt, in order. Also raises StepDPOError where the server fails on two or more
+        requests and answers none."""
         requests = [(prompt, sample) for prompt in prompts for sample in range(sampling.n)]
 
         async def ask(session: Session, request: tuple[Prompt, int]) -> Completion:
@@ -98,7 +100,13 @@ class OpenAIGenerator:
             send = self._chat if self.renderer is None else self._complete
             return _completion(await send(session, prompt, sampling, options), sampling)
 
-        found = iter(self.client.map(ask, requests))
+        completions = self.client.map(ask, requests)
+        errors = [completion.error for completion in completions if completion.finish == "failed"]
+        if len(errors) == len(requests) > 1 and not any(error.startswith(REFUSED) for error in errors):
+            raise StepDPOError(
+                f"{self.name}: the server failed on all of {len(errors)} requests, last with: {errors[-1]}"
+            )
+        found = iter(completions)
         return [[next(found) for _ in range(sampling.n)] for _ in prompts]
 
     async def _complete(self, session: Session, prompt: Prompt, sampling: Sampling, options: dict[str, Any]) -> Reply:
