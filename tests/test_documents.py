@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SUFFIXES = (".py", ".md", ".toml", ".txt", ".cpp", ".png", ".ini", ".in")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 Problem = tuple[int, str]
+COMMAND_GROUPS = ("prepare",)  # of subcommands
 
 
 def documents() -> list[Path]:
@@ -177,10 +178,11 @@ def unknown_commands(text: str, folder: Path) -> Iterator[Problem]:
 
 
 def stepdpo_problems(words: list[str]) -> Iterator[str]:
-    subcommand = words[0]
-    if subcommand.startswith("-"):
+    if words[0].startswith("-"):
         return
-    help_text = cli_help(subcommand)
+    names = words[:2] if words[0] in COMMAND_GROUPS and len(words) > 1 else words[:1]
+    subcommand = " ".join(names)
+    help_text = cli_help(*names)
     if help_text is None:
         yield f"no subcommand stepdpo {subcommand}"
         return
@@ -334,6 +336,8 @@ def test_a_good_document_has_no_problems() -> None:
         ("```sh\nmake no_such_target\n```\n", "line 2: no make target"),
         ("```sh\nmake test no_such_target\n```\n", "no make target no_such_target"),
         ("```sh\nstepdpo no_such_command x\n```\n", "no subcommand stepdpo no_such_command"),
+        ("```sh\nstepdpo prepare nothing x\n```\n", "no subcommand stepdpo prepare nothing"),
+        ("```sh\nstepdpo prepare collect x --nothing\n```\n", "stepdpo prepare collect has no option --nothing"),
         ("```sh\nstepdpo train \\\n  --no-such-option 1\n```\n", "stepdpo train has no option --no-such-option"),
         ("```sh\npython -m no_such_module\n```\n", "no module no_such_module"),
         ("```sh\npip install '.[no_such_extra]'\n```\n", "no extra no_such_extra"),
