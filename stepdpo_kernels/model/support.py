@@ -131,9 +131,9 @@ def _mixers(lm: PreTrainedModel) -> list[str]:
 
 def _calls_the_interface(lm: PreTrainedModel) -> bool:
     """Whether the file of the model's layers does, which for a class derived from transformers' is transformers'."""
-    theirs = (c for c in type(lm).__mro__ if c.__module__.startswith("transformers.models."))
+    classes: list[Any] = [c for c in type(lm).__mro__ if c.__module__.startswith("transformers.models.")]
     try:
-        return next(theirs, type(lm))._can_set_attn_implementation()
+        return (*classes, type(lm))[0]._can_set_attn_implementation()
     except (AttributeError, KeyError):  # transformers before 5.6, of a class without a file
         return False
 

@@ -440,7 +440,12 @@ class TestStepPairs:
 
     def test_it_is_prepared_by_as_many_processes_as_asked_for(self, tmp_path, records, tokenizer, monkeypatch):
         processes, plain = [], Dataset.map
-        monkeypatch.setattr(Dataset, "map", lambda *a, num_proc=None, **k: processes.append(num_proc) or plain(*a, **k))
+
+        def watched(*args, num_proc=None, **kwargs):
+            processes.append(num_proc)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(Dataset, "map", watched)
         self.make(tmp_path, records, tokenizer, dataset_num_proc=3, precompute_ref_log_probs=False)
         assert 3 in processes
 
