@@ -307,8 +307,9 @@ def test_images_are_refused(make_trainer) -> None:
         (["train", "x.yaml"], {"USE_V1": "1"}, "USE_V1"),
         (["train", "x.yaml"], {"FORCE_TORCHRUN": "1"}, "torchrun --nproc_per_node 1 -m .*llama_factory train x.yaml"),
         (["train", "--stage", "kto"], {}, "stage: kto"),
+        (["train", "--stage=kto"], {}, "stage: kto"),
     ],
-    ids=["chat", "v1", "torchrun", "kto"],
+    ids=["chat", "v1", "torchrun", "kto", "kto, one word"],
 )
 def test_commands_that_are_refused(monkeypatch, argv, environment, said) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
