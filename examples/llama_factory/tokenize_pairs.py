@@ -1,6 +1,6 @@
 """Step pairs -> a data set that LLaMA-Factory loads as it is (`tokenized_path`): no end of turn after a step.
 
-    python examples/llama_factory/tokenize_pairs.py pairs.jsonl --tokenizer Qwen/Qwen2-7B-Instruct --output step_pairs
+    python -m examples.llama_factory.tokenize_pairs pairs.jsonl --tokenizer Qwen/Qwen2-7B-Instruct --output step_pairs
 
 Pairs of one problem stand together, so that `disable_shuffling: true` puts them into one batch; the problems are in
 random order. Pairs that are too long are left out and counted, none is cut short.
@@ -8,16 +8,14 @@ random order. Pairs that are too long are left out and counted, none is cut shor
 
 from __future__ import annotations
 
-import argparse
-import logging
 import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer
 
-from stepdpo_kernels import StepPair, load_step_pairs
+from examples.step_pairs import arguments, load
+from stepdpo_kernels import StepPair
 
 
 def in_problems(pairs: Iterable[StepPair], seed: int) -> list[StepPair]:
@@ -43,17 +41,10 @@ def rows(pairs: Iterable[StepPair]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tokenises step pairs for LLaMA-Factory.")
-    parser.add_argument("data", help="step pairs: a file, a folder or a data set of the hub")
-    parser.add_argument("--tokenizer", required=True, help="the model that will be trained")
-    parser.add_argument("--output", required=True, help="a folder; tokenized_path in the YAML file")
-    parser.add_argument("--template", default="chat", help="how the prompt is written, as in load_step_pairs")
-    parser.add_argument("--max_length", type=int, default=1024, help="tokens of prefix and longer step")
+    parser = arguments("Tokenises step pairs for LLaMA-Factory.", "a folder; tokenized_path in the YAML file")
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    pairs = load_step_pairs(options.data, tokenizer, template=options.template, max_length=options.max_length)
+    _, pairs = load(options)
     train = Dataset.from_list(list(rows(in_problems(pairs, options.seed))))
     DatasetDict({"train": train}).save_to_disk(options.output)
 

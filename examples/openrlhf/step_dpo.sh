@@ -2,7 +2,7 @@
 # Step-DPO in OpenRLHF on packed forests. Not run by us with DeepSpeed: see docs/integrations/openrlhf.md.
 set -euo pipefail
 
-python examples/openrlhf/write_pairs.py pairs.jsonl --tokenizer Qwen/Qwen2-7B-Instruct --output step_pairs.jsonl
+python -m examples.openrlhf.write_pairs pairs.jsonl --tokenizer Qwen/Qwen2-7B-Instruct --output step_pairs.jsonl
 
 deepspeed --module stepdpo_kernels.integrations.openrlhf \
   --stepdpo.end_of_step drop \

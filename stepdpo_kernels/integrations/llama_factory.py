@@ -9,6 +9,7 @@ log-probs from it. Losses, reference models, adapters, metrics and checkpoints s
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -150,9 +151,12 @@ def main() -> None:
         sys.exit(f"several processes are started by torchrun: {command}")
     del sys.argv[1]
     arguments = read_args()
-    stage = arguments.get("stage") if isinstance(arguments, dict) else None
-    if stage is None and "--stage" in arguments:
-        stage = arguments[arguments.index("--stage") + 1]
+    if isinstance(arguments, dict):
+        stage = arguments.get("stage")
+    else:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--stage")
+        stage = parser.parse_known_args(arguments)[0].stage
     if stage != "dpo":
         sys.exit(f"stage: {stage} is not accelerated, only dpo is: take llamafactory-cli")
 

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 import trl
+from datasets import Dataset
+from datasets.fingerprint import Hasher
 from packaging.version import Version
 from torch import Tensor
 from transformers.utils import ModelOutput
@@ -38,6 +41,8 @@ VERSION = require("trl", "1.9", "1.17")
 # TRL asks for log-probs by name (`fused_lm_head`) from 1.15 on, before that for logits.
 ASKS_FOR_LOGITS = Version("1.15") > VERSION
 KEY = "stepdpo_forest"
+PACKED_FIELDS = ("input_ids", "attention_mask", "completion_mask")
+OTHER_FIELDS = ("ref_chosen_logps", "ref_rejected_logps")
 EXAMPLES_TO_VERIFY = 3
 
 
@@ -92,6 +97,8 @@ def why_not(trainer: trl.DPOTrainer) -> list[str]:
         reasons.append("its dataset has images, and a forest is of text alone: train it with TRL as it is")
     if args.padding_free:
         reasons.append("padding_free is set, which TRL does not do and forests make needless: leave it out")
+    if args.neftune_noise_alpha is not None:
+        reasons.append("neftune_noise_alpha scales its noise by the padded length of a text: leave it out")
     if args.torch_compile:
         reasons.append("torch_compile would compile the forests' shapes one by one: leave it out")
     if args.accelerator_config.dispatch_batches:
@@ -119,14 +126,20 @@ class PackedCollator:
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
         padded = self.collator(examples)
-        missing = {"input_ids", "attention_mask", "completion_mask"} - padded.keys()
+        missing = set(PACKED_FIELDS) - padded.keys()
         if missing:
             raise StepDPOError(
                 f"{type(self.collator).__name__} gave no {', '.join(sorted(missing))}: use TRL's "
                 "DataCollatorForPreference or one that gives what it does"
             )
-        masks = (padded["attention_mask"], padded["completion_mask"])
-        padded[KEY] = pack_padded(padded["input_ids"], *masks, share=self.share, every_token=self.every_token)
+        foreign = padded.keys() - {*PACKED_FIELDS, *OTHER_FIELDS}
+        if foreign:  # TRL hands it to the model
+            raise StepDPOError(
+                f"{type(self.collator).__name__} gave {', '.join(sorted(foreign))}, which packing would leave out: "
+                "leave it out yourself, or train with TRL as it is"
+            )
+        tensors = (padded[name] for name in PACKED_FIELDS)
+        padded[KEY] = pack_padded(*tensors, share=self.share, every_token=self.every_token)
         return padded
 
     def __getstate__(self) -> dict[str, Any]:  # for workers of the data loader that are spawned
@@ -229,9 +242,9 @@ class StepDPOTRLTrainer(trl.DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
         accelerate_dpo(self, share=self._share)
-        weights: Any = getattr(self, "_precompute_model_hash", None)
-        if weights:  # references that TRL computed its way are others
-            self._precompute_model_hash = weights.removesuffix(KEY) + KEY
+        if isinstance(dataset, Dataset):  # its cache: references that TRL computed its way are others
+            dataset = copy(dataset)
+            dataset._fingerprint = Hasher.hash((dataset._fingerprint, KEY))
         return super()._precompute_ref_logps(dataset, *args)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
@@ -239,9 +252,17 @@ class StepDPOTRLTrainer(trl.DPOTrainer):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         tokenize = StepTokenizer(self._tokenizer, **self._tokenization)
         options = {"tokenize": tokenize, "max_length": args.max_length, "dataset_name": dataset_name}
-        columns = [*next(iter(dataset))]
-        tokenized = dataset.map(_tokenize, batched=True, with_indices=True, remove_columns=columns, fn_kwargs=options)
-        return tokenized.filter(_keep, input_columns="left_out").remove_columns("left_out")
+        in_memory = isinstance(dataset, Dataset)  # what an IterableDataset has no options for
+        tokenized = dataset.map(
+            _tokenize,
+            batched=True,
+            with_indices=True,
+            remove_columns=[*next(iter(dataset))],
+            fn_kwargs=options,
+            **({"num_proc": args.dataset_num_proc} if in_memory else {}),
+        )
+        again = {"load_from_cache_file": False} if in_memory else {}  # every run warns
+        return tokenized.filter(_keep, input_columns="left_out", **again).remove_columns("left_out")
 
 
 def _tokenize(
@@ -255,6 +276,12 @@ def _tokenize(
         )
         for i, number in enumerate(numbers)
     ]
+    for record in records:
+        if record.weight != 1.0:
+            raise StepDPOError(
+                f"{record.name}: field 'weight' is {record.weight:g}, and TRL weighs all pairs alike: leave it out, or "
+                "take StepDPOTrainer"
+            )
     tokens = tokenize(records)
     unfit = [why_unfit(record, found, "step", max_length) for record, found in zip(records, tokens, strict=True)]
     return {

@@ -124,9 +124,18 @@ def _mixers(lm: PreTrainedModel) -> list[str]:
     foreign = sorted(set(getattr(lm.config, "layer_types", None) or ()) - set(_LAYER_TYPES))
     if foreign:
         reasons.append(f"it has layers of type {', '.join(foreign)}; only {', '.join(_LAYER_TYPES)} follow the paths")
-    if not lm._can_set_attn_implementation():
+    if not _calls_the_interface(lm):
         reasons.append(f"{type(lm).__name__} does not call its attention through transformers' AttentionInterface")
     return reasons
+
+
+def _calls_the_interface(lm: PreTrainedModel) -> bool:
+    """Whether the file of the model's layers does, which for a class derived from transformers' is transformers'."""
+    classes: list[Any] = [c for c in type(lm).__mro__ if c.__module__.startswith("transformers.models.")]
+    try:
+        return (*classes, type(lm))[0]._can_set_attn_implementation()
+    except (AttributeError, KeyError):  # transformers before 5.6, of a class without a file
+        return False
 
 
 def _attention(config: Any) -> list[str]:
@@ -138,6 +147,11 @@ def _attention(config: Any) -> list[str]:
         reasons.append(f"its attention selects keys with an indexer (index_topk is {config.index_topk})")
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
         reasons.append("its attention adds a bias that depends on positions (alibi)")
+    if getattr(config, "attn_logit_softcapping", None) and (config._attn_implementation or "").endswith("sdpa"):
+        reasons.append(
+            f"attn_logit_softcapping is {config.attn_logit_softcapping}, which its attention 'sdpa' leaves out: load "
+            "it with attn_implementation='eager'"
+        )
     if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
         reasons.append("its attention is not causal")
     for name in _DROPOUTS:

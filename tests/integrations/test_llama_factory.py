@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +17,7 @@ from llamafactory.train.dpo import trainer as dpo
 from llamafactory.train.tuner import run_exp
 from safetensors.torch import load_file
 
+from examples.llama_factory import tokenize_pairs
 from stepdpo_kernels.integrations import forest_forward, llama_factory
 from stepdpo_kernels.model import forward, padded_logps
 from stepdpo_kernels.types import StepDPOError
@@ -226,11 +226,10 @@ def test_end_of_a_response(folder: Path, make_trainer, monkeypatch, tiny_tokeniz
 
     assert ends() == {"<|im_end|>\n"}
     assert {text[-1] for text in ends(template="empty")} == {"."}
-    script = str(ROOT / "examples/llama_factory/tokenize_pairs.py")
     output = str(tmp_path / "tokens")
-    command = [script, str(folder / "step_pairs.jsonl"), "--tokenizer", str(folder / "model"), "--output", output]
+    command = ["", str(folder / "step_pairs.jsonl"), "--tokenizer", str(folder / "model"), "--output", output]
     monkeypatch.setattr(sys, "argv", command)
-    runpy.run_path(script, run_name="__main__")
+    tokenize_pairs.main()
     assert {text[-1] for text in ends(tokenized_path=output)} == {"."}
 
     rows = list(make_trainer(tokenized_path=output).train_dataset)
@@ -308,8 +307,9 @@ def test_images_are_refused(make_trainer) -> None:
         (["train", "x.yaml"], {"USE_V1": "1"}, "USE_V1"),
         (["train", "x.yaml"], {"FORCE_TORCHRUN": "1"}, "torchrun --nproc_per_node 1 -m .*llama_factory train x.yaml"),
         (["train", "--stage", "kto"], {}, "stage: kto"),
+        (["train", "--stage=kto"], {}, "stage: kto"),
     ],
-    ids=["chat", "v1", "torchrun", "kto"],
+    ids=["chat", "v1", "torchrun", "kto", "kto, one word"],
 )
 def test_commands_that_are_refused(monkeypatch, argv, environment, said) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)

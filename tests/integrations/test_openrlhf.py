@@ -277,18 +277,3 @@ def test_the_options_of_the_example_are_known(command: Command, forests: list[An
     strategy = command(*options, "--model.gradient_checkpointing_enable", packed=True)
     assert strategy.args.ds.zero_stage == 3
     assert forests
-
-
-def test_the_example_writes_prefixes_and_steps(tmp_path, monkeypatch, tiny_tokenizer, step_records) -> None:
-    tokenizer, records = tiny_tokenizer("qwen2"), step_records(2, 4)
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
-    output = tmp_path / "step_pairs.jsonl"
-    script = str(EXAMPLES / "write_pairs.py")
-    arguments = [str(tmp_path / "pairs.jsonl"), "--tokenizer", str(tmp_path), "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    runpy.run_path(script, run_name="__main__")
-    written = [json.loads(line) for line in output.read_text().splitlines()]
-    for record, pair in zip(records, written, strict=True):
-        assert pair["prompt"].endswith("<|im_start|>assistant\n" + record["initial_reason_steps"])
-        assert (pair["chosen"], pair["rejected"]) == (record["chosen"], record["rejected"])

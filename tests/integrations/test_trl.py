@@ -122,6 +122,9 @@ def test_every_other_loss_is_the_same(loss, tmp_path, rows, tokenizer, packed):
         {"gradient_accumulation_steps": 3},
         {"gradient_checkpointing": True},
         {"max_length": 60, "truncation_mode": "keep_start"},
+        {"truncation_mode": "keep_end", "max_length": 40},
+        {"sync_ref_model": True, "ref_model_sync_steps": 2, "precompute_ref_log_probs": False},
+        {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2},  # the last micro-batch has 4 pairs
         {"pad_to_multiple_of": 16},
         {"dataloader_num_workers": 1, "max_steps": 2},
     ],
@@ -296,6 +299,7 @@ def test_compute_metrics_gets_its_logits(tmp_path, rows, tokenizer, packed):
     ("settings", "message"),
     [
         ({"padding_free": True}, "padding_free is set.*leave it out"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha scales its noise"),
         ({"torch_compile": True}, "torch_compile would compile"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches cuts batches"),
     ],
@@ -344,6 +348,15 @@ def test_a_batch_without_a_forest_goes_the_old_way(tmp_path, rows, tokenizer, pa
         plain_loss = trainer.compute_loss(trainer.model, batch)
     assert len(packed) == count > 0
     torch.testing.assert_close(packed_loss, plain_loss, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_with_more_than_text_is_refused(tmp_path, rows, tokenizer):
+    trainer = make_trainer(tmp_path, rows, tokenizer)
+    plain = trainer.data_collator
+    trainer.data_collator = lambda examples: plain(examples) | {"token_type_ids": torch.zeros(8)}
+    accelerate_dpo(trainer)
+    with pytest.raises(StepDPOError, match="gave token_type_ids, which packing would leave out"):
+        trainer.train()
 
 
 class TestStepPairs:
@@ -412,6 +425,43 @@ class TestStepPairs:
         assert len(trainer.train_dataset) == len(rows) - 2
         assert "row 3 of the train dataset (id '3') is left out: fields 'chosen' and 'rejected'" in caplog.text
         assert "row 5 of the train dataset (id '5') is left out: too long" in caplog.text
+
+    def test_every_run_warns_of_what_it_leaves_out(self, tmp_path, records, tokenizer, caplog):
+        rows = list(records)
+        rows[3]["rejected"] = rows[3]["chosen"]
+        Dataset.from_list(rows).to_json(tmp_path / "pairs.jsonl")
+        prepared = []
+        for _ in range(2):
+            caplog.clear()
+            data = Dataset.from_json(str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"))
+            prepared.append(self.make(tmp_path, data, tokenizer, precompute_ref_log_probs=False).train_dataset)
+            assert "(id '3') is left out" in caplog.text
+        assert prepared[0]._fingerprint == prepared[1]._fingerprint  # of which the cache of references makes use
+
+    def test_it_is_prepared_by_as_many_processes_as_asked_for(self, tmp_path, records, tokenizer, monkeypatch):
+        processes, plain = [], Dataset.map
+
+        def watched(*args, num_proc=None, **kwargs):
+            processes.append(num_proc)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(Dataset, "map", watched)
+        self.make(tmp_path, records, tokenizer, dataset_num_proc=3, precompute_ref_log_probs=False)
+        assert 3 in processes
+
+    def test_weights_of_pairs_are_refused(self, tmp_path, records, tokenizer):
+        weighted = [{**row, "weight": 0.5 if number == 2 else 1.0} for number, row in enumerate(records)]
+        with pytest.raises(StepDPOError, match=r"row 2 of the train dataset .*'weight' is 0\.5, and TRL weighs"):
+            self.make(tmp_path, Dataset.from_list(weighted), tokenizer)
+
+    def test_references_that_trl_cached_are_others(self, tmp_path, rows, tokenizer, packed):
+        rows.to_json(tmp_path / "rows.jsonl")
+        counts = []
+        for trainer_class in (dpo_trainer.DPOTrainer, StepDPOTRLTrainer, StepDPOTRLTrainer):
+            data = Dataset.from_json(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
+            make_trainer(tmp_path, data, tokenizer, trainer_class=trainer_class, precompute_ref_log_probs=True)
+            counts.append(len(packed))
+        assert 0 == counts[0] < counts[1] == counts[2]
 
     def test_broken_records_are_named(self, tmp_path, records, tokenizer):
         rows = list(records)

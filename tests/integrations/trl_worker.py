@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepdpo_kernels.integrations.trl import accelerate_dpo
 from tests.integrations.trl_runs import history, make_trainer
+from tests.trainer.sharded_worker import leave
 
 
 def main() -> None:
@@ -40,6 +41,7 @@ def main() -> None:
         found.append(history(trainer))
     if trainer.is_world_process_zero():
         (folder / "histories.json").write_text(json.dumps(found))
+    leave()
 
 
 if __name__ == "__main__":

@@ -49,6 +49,21 @@ def test_supported(tiny_model: Make, kind: str) -> None:
         check_supported(model)
 
 
+def test_an_attention_that_leaves_out_the_softcap_is_refused(tiny_model: Make) -> None:
+    model = tiny_model("gemma2")
+    model.config._attn_implementation = "sdpa"  # which transformers before 5.17 takes of itself
+    with pytest.raises(StepDPOError, match=r"attn_logit_softcapping is 50\.0, .*attn_implementation='eager'"):
+        check_supported(model)
+
+
+def test_a_class_without_a_file_calls_what_it_derives_from(tiny_model: Make) -> None:
+    model: Any = tiny_model()
+    model.__class__ = type("Mine", (type(model),), {"__module__": "a_notebook"})
+    assert why_not(model) == []
+    model.__class__ = type("Alone", (PreTrainedModel,), {"__module__": "a_notebook", "base_model_prefix": "model"})
+    assert why_not(model) == ["Alone does not call its attention through transformers' AttentionInterface"]
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_head_options_give_the_models_logits(tiny_model: Make, kind: str) -> None:
     model = tiny_model(kind, **FAMILIES[kind].config)

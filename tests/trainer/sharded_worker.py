@@ -47,8 +47,12 @@ def main(settings: dict[str, Any]) -> None:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=settings.get("resume"))
     trainer.save_model()
+    leave()
+
+
+def leave() -> None:
+    """Ends the process where there are several: gloo's own threads now and then abort one that is exiting by itself."""
     if torch.distributed.is_initialized():
-        # gloo's own threads now and then abort a process that has done all its work and is exiting
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         os._exit(0)

@@ -1,0 +1,1 @@
+"""Step-DPO in LLaMA-Factory: its data, and a run."""

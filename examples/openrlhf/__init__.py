@@ -1,0 +1,1 @@
+"""Step-DPO in OpenRLHF: its data, and a run."""
