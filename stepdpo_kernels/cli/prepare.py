@@ -155,6 +155,16 @@ def _total(path: str, limit: int | None) -> int | None:
     return lines if limit is None else min(lines, limit)
 
 
+def _check_places(source: str, split: str, output: Path) -> None:
+    """Before a model is loaded: that there is something to read, and a folder to write to."""
+    from stepdpo_kernels.data.sources import open_source
+
+    if Path(source).expanduser().exists() or source.startswith((".", "/", "~")) or source.endswith(".jsonl"):
+        open_source(source, split)  # what is no path is asked of the hub later
+    if not output.parent.is_dir():
+        raise StepDPOError(f"output {str(output)!r}: there is no folder {str(output.parent)!r}")
+
+
 def _tell(report: StageReport) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -196,6 +206,7 @@ def collect(
     from stepdpo_kernels.answers import AnswerChecker
     from stepdpo_kernels.data.pipeline.collect import collect
 
+    _check_places(problems, stage.split, output)
     total = _total(problems, stage.limit)
     with AnswerChecker(workers=workers, seconds=SECONDS) as checker, _progress("collect", total) as progress:
         report = collect(
@@ -237,6 +248,7 @@ def locate(
     from stepdpo_kernels.answers import AnswerChecker
     from stepdpo_kernels.data.pipeline.locate.stage import agreement_of, locate
 
+    _check_places(solutions, stage.split, output)
     with (
         AnswerChecker(workers=workers, seconds=SECONDS) as checker,
         _progress("locate", _total(solutions, stage.limit)) as progress,
@@ -300,6 +312,7 @@ def rectify(
     from stepdpo_kernels.answers import AnswerChecker
     from stepdpo_kernels.data.pipeline.rectify import rectify
 
+    _check_places(located, stage.split, output)
     total = _total(located, stage.limit)
     with AnswerChecker(workers=workers, seconds=SECONDS) as checker, _progress("rectify", total) as progress:
         report = rectify(

@@ -138,16 +138,28 @@ def test_import_and_export(folder, capsys):
     ("arguments", "said"),
     [
         (["collect", "nowhere.jsonl", "--output", "x.jsonl", *SERVED], "nowhere.jsonl: no such file or folder"),
-        (["locate", "x.jsonl", "--output", "y.jsonl", "--locator", "judge"], "--judge-url and --judge-model"),
-        (["locate", "x.jsonl", "--output", "y.jsonl", "--locator", "human"], "needs --review"),
-        (["locate", "x.jsonl", "--output", "y.jsonl", "--locator", "rollout"], "rollouts need --model"),
-        (["collect", "x.jsonl", "--output", "y.jsonl", "--model", "m", "--backend", "openai"], "belong together"),
+        (["locate", "problems.jsonl", "--output", "y.jsonl", "--locator", "judge"], "--judge-url and --judge-model"),
+        (["locate", "problems.jsonl", "--output", "y.jsonl", "--locator", "human"], "needs --review"),
+        (["locate", "problems.jsonl", "--output", "y.jsonl", "--locator", "rollout"], "rollouts need --model"),
+        (
+            ["collect", "problems.jsonl", "--output", "y.jsonl", "--model", "m", "--backend", "openai"],
+            "belong together",
+        ),
         (["collect", "problems.jsonl", "--output", "no/x.jsonl", *SERVED], "there is no folder"),
     ],
 )
 def test_what_is_wrong_is_said(folder, capsys, arguments, said):
     assert run(*arguments) == 2
     assert said in capsys.readouterr().err
+
+
+def test_places_are_checked_before_a_model_is_loaded(folder, capsys):
+    for source, output, said in (
+        ("no.jsonl", "x.jsonl", "no.jsonl"),
+        ("problems.jsonl", "no/x.jsonl", "no folder 'no'"),
+    ):
+        assert run("collect", source, "--output", output, "--model", "./no_such_model") == 2
+        assert said in capsys.readouterr().err
 
 
 def test_nobody_listens(folder, capsys):
