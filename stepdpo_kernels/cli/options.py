@@ -202,7 +202,6 @@ class StepOptions:
 class StageOptions:
     """How a stage runs."""
 
-    split: Annotated[str, typer.Option(help="Split of a hub dataset or a folder.")] = "train"
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first so many records.")] = None
     chunk: Annotated[
         int, typer.Option(min=1, help="Records done together; a killed stage goes on after the last whole chunk.")
@@ -211,6 +210,12 @@ class StageOptions:
         OnBad.STOP
     )
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin again, whatever is there.")] = False
+
+
+@dataclass(frozen=True)
+class LaterStageOptions(StageOptions):
+    """How a stage runs that reads what another one wrote."""
+
     partial: Annotated[
         bool, typer.Option("--partial", help="Take the file of a stage that has not come to its end.")
     ] = False

@@ -14,7 +14,15 @@ import typer
 
 from stepdpo_kernels._bars import open_bar
 from stepdpo_kernels._errors import StepDPOError
-from stepdpo_kernels.cli.options import GeneratorOptions, OnBad, SamplingOptions, StageOptions, StepOptions, spread
+from stepdpo_kernels.cli.options import (
+    GeneratorOptions,
+    LaterStageOptions,
+    OnBad,
+    SamplingOptions,
+    StageOptions,
+    StepOptions,
+    spread,
+)
 
 if TYPE_CHECKING:
     from stepdpo_kernels.data.pipeline.grading import Checker
@@ -155,12 +163,12 @@ def _total(path: str, limit: int | None) -> int | None:
     return lines if limit is None else min(lines, limit)
 
 
-def _check_places(source: str, split: str, output: Path) -> None:
+def _check_places(source: str, output: Path) -> None:
     """Before a model is loaded: that there is something to read, and a folder to write to."""
     from stepdpo_kernels.data.sources import open_source
 
     if Path(source).expanduser().exists() or source.startswith((".", "/", "~")) or source.endswith(".jsonl"):
-        open_source(source, split)  # what is no path is asked of the hub later
+        open_source(source, "train")  # what is no path is asked of the hub later
     if not output.parent.is_dir():
         raise StepDPOError(f"output {str(output)!r}: there is no folder {str(output.parent)!r}")
 
@@ -193,6 +201,7 @@ def collect(
     step: StepOptions,
     stage: StageOptions,
     n: Annotated[int, typer.Option(min=1, help="Solutions of each problem.")] = 4,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset or a folder.")] = "train",
     format: Annotated[
         str | None, typer.Option(help="Of the problems: gsm8k, math, aqua, aime, odyssey or plain; default: seen.")
     ] = None,
@@ -206,7 +215,7 @@ def collect(
     from stepdpo_kernels.answers import AnswerChecker
     from stepdpo_kernels.data.pipeline.collect import collect
 
-    _check_places(problems, stage.split, output)
+    _check_places(problems, output)
     total = _total(problems, stage.limit)
     with AnswerChecker(workers=workers, seconds=SECONDS) as checker, _progress("collect", total) as progress:
         report = collect(
@@ -215,7 +224,7 @@ def collect(
             generator.build(),
             checker,
             sampling.build(n),
-            split=stage.split,
+            split=split,
             format=format,
             beginning=beginning.replace("\\n", "\n"),
             steps=step.build(),
@@ -237,7 +246,7 @@ def locate(
     options: LocatorOptions,
     generator: OptionalGenerator,
     sampling: SamplingOptions,
-    stage: StageOptions,
+    stage: LaterStageOptions,
     locator: Annotated[LocatorName, typer.Option(help="What finds the first wrong step.")] = LocatorName.EXACT,
     compare: Annotated[
         LocatorName | None, typer.Option(help="A second locator; how far the two agree is printed.")
@@ -248,7 +257,7 @@ def locate(
     from stepdpo_kernels.answers import AnswerChecker
     from stepdpo_kernels.data.pipeline.locate.stage import agreement_of, locate
 
-    _check_places(solutions, stage.split, output)
+    _check_places(solutions, output)
     with (
         AnswerChecker(workers=workers, seconds=SECONDS) as checker,
         _progress("locate", _total(solutions, stage.limit)) as progress,
@@ -297,7 +306,7 @@ def rectify(
     sampling: SamplingOptions,
     step: StepOptions,
     locator: LocatorOptions,
-    stage: StageOptions,
+    stage: LaterStageOptions,
     n: Annotated[int, typer.Option(min=1, help="Continuations of each mistake.")] = 20,
     verify: Annotated[
         VerifierName | None, typer.Option(help="A chosen step must also be right by exact or by a judge.")
@@ -312,7 +321,7 @@ def rectify(
     from stepdpo_kernels.answers import AnswerChecker
     from stepdpo_kernels.data.pipeline.rectify import rectify
 
-    _check_places(located, stage.split, output)
+    _check_places(located, output)
     total = _total(located, stage.limit)
     with AnswerChecker(workers=workers, seconds=SECONDS) as checker, _progress("rectify", total) as progress:
         report = rectify(
