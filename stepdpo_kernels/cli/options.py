@@ -95,6 +95,14 @@ class GeneratorOptions:
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "bfloat16"
     device: Annotated[str | None, typer.Option(help="cuda, cpu, ...; default: a GPU where there is one.")] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Samples generated at a time by transformers.")] = 64
+    continuous: Annotated[
+        bool,
+        typer.Option(
+            "--continuous",
+            help="transformers on a GPU: continuous batching, without log-probs; samples then depend on which "
+            "others run beside them.",
+        ),
+    ] = False
     concurrency: Annotated[int, typer.Option(min=1, help="Requests to a server at a time.")] = 16
     timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 600.0
     retries: Annotated[int, typer.Option(min=0, help="How often a request that failed is sent again.")] = 5
@@ -157,6 +165,7 @@ class GeneratorOptions:
             template=self.template,
             batch_size=self.batch_size,
             name=self._name(Backend.TRANSFORMERS),
+            continuous=self.continuous,
         )
 
 
@@ -169,7 +178,7 @@ class SamplingOptions:
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a sample.")] = 1024
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0
 
-    def build(self, n: int) -> Sampling:
+    def build(self, n: int, logps: bool = True) -> Sampling:
         from stepdpo_kernels.data.generation import Sampling
 
         return Sampling(
@@ -178,7 +187,7 @@ class SamplingOptions:
             top_p=self.top_p,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
-            logps=True,
+            logps=logps,
         )
 
 

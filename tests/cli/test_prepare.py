@@ -166,3 +166,18 @@ def test_nobody_listens(folder, capsys):
     assert run("collect", "problems.jsonl", "--output", "x.jsonl", *SERVED, "--retries", "0") == 2
     assert "127.0.0.1:9" in capsys.readouterr().err
     assert not (folder / "x.jsonl").read_text()
+
+
+def test_continuous_batching_needs_a_gpu(folder, tiny_model, tiny_tokenizer, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    tiny_model("qwen2").save_pretrained("model")
+    tiny_tokenizer("qwen2").save_pretrained("model")
+    options = ["--model", "model", "--template", "none", "--dtype", "float32", "--n", "1", "--max-new-tokens", "5"]
+    assert run("collect", "problems.jsonl", "--output", "x.jsonl", *options, "--continuous") == 2
+    assert "continuous: on a CPU" in capsys.readouterr().err
+    assert run("collect", "problems.jsonl", "--output", "x.jsonl", *options, "--keep", "all") == 0
+    assert {record["verdict"] for record in lines(folder / "x.jsonl")} <= {"unfinished", "no_answer"}
+    assert all(record["steps"][0]["logp"] <= 0 for record in lines(folder / "x.jsonl"))
