@@ -220,7 +220,7 @@ def _hub_records(name: str, split: str) -> Iterator[RawRecord]:
         ) from error
     repository, _, configuration = name.partition(":")
     try:
-        dataset = load_dataset(repository, configuration or None, split=split)
+        dataset = load_dataset(*filter(None, (repository, configuration)), split=split)
     except (OSError, ValueError, RuntimeError) as error:
         raise StepDPOError(
             f"{name}: no such file or folder, and loading it from the hub with split {split!r} failed: "

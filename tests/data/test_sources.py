@@ -243,3 +243,17 @@ def test_hub_dataset_that_cannot_be_had(words: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(StepDPOError, match=r"some/one: no such file or folder, .* needs the package datasets: pip"):
         load_step_pairs("some/one", words)
+
+
+def test_hub_dataset_of_a_configuration(monkeypatch: pytest.MonkeyPatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(*names: str, split: str) -> Any:
+        asked.append((*names, split))
+        return datasets.Dataset.from_list([{"question": "P", "answer": "#### 7"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (record,) = open_source("openai/gsm8k:main", "test", columns=None).records
+    assert asked == [("openai/gsm8k", "main", "test")]
+    assert (record.id, record.value["answer"]) == ("openai/gsm8k:main:1", "#### 7")
