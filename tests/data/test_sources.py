@@ -13,6 +13,7 @@ import pytest
 
 from stepdpo_kernels.data import load, load_step_pairs
 from stepdpo_kernels.data.records import check_record
+from stepdpo_kernels.data.sources import open_source
 from stepdpo_kernels.data.tokenization import StepTokenizer
 from stepdpo_kernels.types import StepDPOError
 
