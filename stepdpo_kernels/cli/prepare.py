@@ -34,6 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+MICROS = "cost_micros"  # as a judge counts it
 SECONDS = 10.0  # for a comparison of two answers
 
 
@@ -150,7 +151,12 @@ def _progress(words: str, total: int | None) -> Iterator[Callable[[StageReport],
             bar.update(report.read - bar.n)
             bar.set_postfix_str(f"{report.written:,} written")
 
-        yield show
+        try:
+            yield show
+        except KeyboardInterrupt:
+            bar.close()
+            typer.echo(f"{words} was interrupted; the same command goes on from the last whole chunk", err=True)
+            raise
 
 
 def _total(path: str, limit: int | None) -> int | None:
@@ -171,6 +177,8 @@ def _check_places(source: str, output: Path) -> None:
         open_source(source, "train")  # what is no path is asked of the hub later
     if not output.parent.is_dir():
         raise StepDPOError(f"output {str(output)!r}: there is no folder {str(output.parent)!r}")
+    if output.exists() and Path(source).expanduser().exists() and output.samefile(Path(source).expanduser()):
+        raise StepDPOError(f"output {str(output)!r} is what is to be read: name another file")
 
 
 def _tell(report: StageReport) -> None:
@@ -182,7 +190,10 @@ def _tell(report: StageReport) -> None:
     table.add_column()
     table.add_row(f"{report.read:,}", "records read" + (f", {report.resumed:,} of them before" * bool(report.resumed)))
     for name, count in sorted(report.counts.items()):
-        table.add_row(f"{count:,}" if isinstance(count, int) else f"{count:,.4g}", name)
+        if name.startswith(MICROS):
+            table.add_row(f"{count / 1e6:,.6f}", name.replace(MICROS, "cost"))
+        else:
+            table.add_row(f"{count:,}" if isinstance(count, int) else f"{count:,.4g}", name.replace("_", " "))
     for name, count in report.skipped.items():
         table.add_row(f"{count:,}", f"left out: {name}", style="yellow")
     table.add_row(f"{report.written:,}", f"written to {report.output} in {report.seconds:,.0f} s", style="bold")
@@ -360,6 +371,7 @@ def import_(
     """Make step pairs of PRM800K, of Math-Step-DPO-10K as it is, or of preferences between whole answers."""
     from stepdpo_kernels.data.importers import import_pairs
 
+    _check_places(source, output)
     with _progress("import", _total(source, limit)) as progress:
         report = import_pairs(
             source,
@@ -390,6 +402,7 @@ def export(
     """Write step pairs for TRL or for LLaMA-Factory."""
     from stepdpo_kernels.data.exporters import export_pairs
 
+    _check_places(pairs, output)
     with _progress("export", _total(pairs, limit)) as progress:
         report = export_pairs(
             pairs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def test_a_judge_beside_the_exact_locator(folder, capsys):
     said = capsys.readouterr().out
     assert "5  located" in said
     assert "requests" in said
+    assert re.search(r"0\.0\d+  cost\n", re.sub(" +\n", "\n", said))
     assert "Agreement of judge (a) and exact (b)" in said
     assert {record["locator"] for record in lines(folder / "located.jsonl")} == {"judge"}
 
@@ -130,8 +132,24 @@ def test_import_and_export(folder, capsys):
     assert run("export", "pairs.jsonl", "--format", "trl", "--output", "trl.jsonl") == 0
     (trl,) = lines(folder / "trl.jsonl")
     assert trl["chosen"] == [{"role": "assistant", "content": record["chosen"]}]
-    assert run("export", "pairs.jsonl", "--format", "trl", "--output", "pairs.jsonl") == 2
+    before = (folder / "pairs.jsonl").read_bytes()
+    for overwrite in ([], ["--overwrite"]):
+        assert run("export", "pairs.jsonl", "--format", "trl", "--output", "pairs.jsonl", *overwrite) == 2
+        assert "is what is to be read: name another file" in capsys.readouterr().err
+    assert run("export", "theirs.jsonl", "--format", "trl", "--output", "pairs.jsonl") == 2
     assert "was written by stage 'import'" in capsys.readouterr().err
+    assert (folder / "pairs.jsonl").read_bytes() == before
+
+
+def test_interrupted(folder, capsys, monkeypatch):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with OpenAIServer(answer) as server:
+        collected(server)
+        monkeypatch.setattr("stepdpo_kernels.data.pipeline.locate.exact.ExactLocator.locate", interrupt)
+        assert run("locate", "solutions.jsonl", "--output", "located.jsonl") == 130
+    assert "locate was interrupted; the same command goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
