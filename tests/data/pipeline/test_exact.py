@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -14,6 +18,7 @@ from stepdpo_kernels.data.pipeline.locate.protocol import Location
 from stepdpo_kernels.types import StepDPOError
 from tests.data.pipeline.solutions import solution
 
+ROOT = Path(__file__).resolve().parents[3]
 FORMS = [
     "{who} has {a} {op} {b} = {c} {things}.",
     "That makes {a} {things} {op} {b} {things} = {c} {things}",
@@ -138,3 +143,18 @@ def test_what_is_wrong_is_named(options, said):
 def test_a_checker_that_returns_nonsense():
     with pytest.raises(StepDPOError, match="returned 9 for 1 steps"):
         ExactLocator(checker=lambda prompt, steps: 9).locate([solution("Step 1: x")], 0)
+
+
+def test_a_checker_in_the_working_directory(tmp_path):
+    """The command that is installed has its own folder on the path, and not the one that it is called in."""
+    (tmp_path / "my_checker_of_steps.py").write_text("def check(prompt, steps):\n    return len(steps)\n")
+    code = (
+        "import sys; sys.path[:] = [path for path in sys.path if path];"
+        "from stepdpo_kernels.data.pipeline.locate.exact import import_checker;"
+        "print(import_checker('my_checker_of_steps:check')('', ['a', 'b']))"
+    )
+    paths = {"PYTHONPATH": str(ROOT)}
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **paths}, capture_output=True, text=True
+    )
+    assert said.stdout.strip() == "2", said.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -97,14 +99,17 @@ class ExactLocator:
 
 
 def import_checker(name: str) -> StepChecker:
-    """The function that "module:function" names. Raises StepDPOError where there is none."""
+    """The function that "module:function" names, of a module on the path or in the working directory.
+
+    Raises StepDPOError where there is none.
+    """
     module, _, function = name.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # which a command that is installed does not look in
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, ValueError, AttributeError) as error:
-        raise StepDPOError(
-            f"checker {name!r} cannot be imported: {error}; write it as module:function, of a module on the path"
-        ) from error
+        raise StepDPOError(f"checker {name!r} cannot be imported: {error}; write it as module:function") from error
     if not callable(found):
         raise StepDPOError(f"checker {name!r} is not a function")
     checker: StepChecker = found
