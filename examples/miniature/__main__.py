@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny counts: every stage in seconds, nothing learned")
     options = parser.parse_args()
 
+    for name in ("stepdpo_kernels", "bitsandbytes"):  # the second one where it is installed, about its own kernels
+        logging.getLogger(name).setLevel(logging.ERROR)
+
     import torch
     import transformers
 
@@ -40,7 +43,6 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("stepdpo_kernels").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="transformers|torch")
     settings = replace(QUICK if options.quick else Settings(), seed=options.seed)
     try:
