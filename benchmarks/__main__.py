@@ -1,41 +1,106 @@
-"""`python -m benchmarks run --suite step|forest|head ...`: measure, print a table, keep the rows."""
+"""`python -m benchmarks run | verify | plot | compare`: is it exact, is it faster, does it need less memory?"""
 
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
+import signal
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
-SUITES = {
-    "step": "training steps, ours beside TRL's",
-    "forest": "forward and backward with prefixes shared by tree, by pair, and not at all",
-    "head": "log-probs and preference loss from hidden states, ours beside the peers",
-}
+from benchmarks.registry import SIZES, SUITES
+
+ROUNDS = {"tiny": 2, "quick": 5, "full": 9}
 
 
-def main() -> None:
-    # The suite first: each has options of its own, which --help shows.
-    which = argparse.ArgumentParser(add_help=False)
-    which.add_argument("--suite", choices=list(SUITES), default="step")
-    chosen = which.parse_known_args()[0].suite
-    suite = import_module(f"benchmarks.{chosen}")
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)  # what there is is written, as after Ctrl-C
+    options.command(options)
 
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="measure and write results", formatter_class=_Defaults)
-    told = "; ".join(f"{name}: {what}" for name, what in SUITES.items())
-    run.add_argument("--suite", choices=list(SUITES), default="step", help=f"{told}; its options are below")
-    run.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for rows.csv and environment.json")
-    run.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all")
-    suite.add_arguments(run)
-    suite.run(parser.parse_args())
+    commands = parser.add_subparsers(required=True)
+    for name, command, told in (
+        ("run", run, "verify, measure, and write rows, plots and a report"),
+        ("verify", verify, "hold every provider against float64, and run the tests that figures depend on"),
+    ):
+        add = commands.add_parser(name, help=told, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add.set_defaults(command=command)
+        suites = "; ".join(f"{suite}: {what}" for suite, what in SUITES.items())
+        add.add_argument("--suite", choices=[*SUITES, "all"], default="all", help=suites)
+        add.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+        size = add.add_mutually_exclusive_group()
+        size.add_argument("--quick", dest="size", action="store_const", const="quick", help="fewer cases and rounds")
+        size.add_argument("--size", choices=SIZES, help="tiny: every path in seconds, no figure worth keeping")
+        add.add_argument("--workloads", nargs="+", metavar="NAME", help="only these")
+        add.add_argument("--providers", nargs="+", metavar="NAME", help="only these, and the floors")
+        add.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all")
+        add.add_argument("--timeout", type=float, default=600, help="seconds that one turn of a provider may take")
+        add.add_argument("--dry", action="store_true", help="no GPU needed: Triton's kernels in its interpreter")
+        add.add_argument("--no-tests", dest="tests", action="store_false", help="without the tests")
+        if name == "run":
+            add.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of results")
+            add.add_argument("--rounds", type=int, help=f"over all providers; default {ROUNDS}")
+            add.add_argument("--time-limit", type=float, help="seconds; what is not measured by then says so")
+    plot = commands.add_parser("plot", help="plots and report of a folder of results, from its CSV files alone")
+    plot.add_argument("results", type=Path)
+    plot.add_argument("--picture", type=Path, metavar="FILE", help="the README's picture, to FILE (SVG), and no more")
+    plot.set_defaults(command=plot_results)
+    compare = commands.add_parser("compare", help="do two folders of results agree? Status 1 where B is slower")
+    compare.add_argument("a", type=Path)
+    compare.add_argument("b", type=Path)
+    compare.add_argument("--all", action="store_true", help="print every comparison")
+    compare.set_defaults(command=compare_results)
+    return parser
 
 
-class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults of options that have one and a help text."""
+def run(options: argparse.Namespace) -> None:
+    from benchmarks import rows, session
+    from benchmarks.report import write_report
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
+    chosen = session.chosen(options.suite, options.workloads)
+    limit = time.monotonic() + options.time_limit if options.time_limit else float("inf")
+    size = options.size or "full"
+    context = session.context(options, size, options.rounds or ROUNDS[size], limit)
+    try:
+        session.run(chosen, size, context, options.output, options.tests)
+    except KeyboardInterrupt:
+        print("interrupted: the report is of what there is", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        if list(options.output.glob(f"*{rows.SUFFIX}")):
+            print(f"report: {write_report(options.output)}")
+
+
+def verify(options: argparse.Namespace) -> None:
+    from benchmarks import session
+
+    size = options.size or "full"
+    if not session.verify(session.chosen(options.suite, options.workloads), size, options):
+        raise SystemExit(1)
+
+
+def plot_results(options: argparse.Namespace) -> None:
+    from benchmarks import plots, report
+
+    if options.picture:
+        plots.picture(options.results, options.picture)
+    else:
+        print(f"report: {report.write_report(options.results)}")
+
+
+def compare_results(options: argparse.Namespace) -> None:
+    from benchmarks.compare import compare
+
+    if not compare(options.a, options.b, show_all=options.all):
+        raise SystemExit(1)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

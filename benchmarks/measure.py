@@ -1,27 +1,17 @@
-"""Fresh processes, interleaved rounds, medians: what every suite measures with."""
+"""Processes that measure, and the memory that they take."""
 
 from __future__ import annotations
 
-import csv
 import ctypes
-import importlib.metadata
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-PACKAGES = (
-    *("torch", "transformers", "trl", "accelerate", "peft", "triton", "liger-kernel", "cut-cross-entropy"),
-    *("quack-kernels", "stepdpo-kernels"),
-)
-INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what decides the speed of matrix products
 
 
 def worker_environment() -> dict[str, str]:
@@ -29,21 +19,6 @@ def worker_environment() -> dict[str, str]:
     calm = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     calm.pop("TRITON_INTERPRET", None)  # set by tests, and not what anybody would measure
     return calm
-
-
-def run_worker(module: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Runs `python -m MODULE` with settings as JSON on its standard input; its last line of output is its result."""
-    done = subprocess.run(
-        [sys.executable, "-m", module],
-        input=json.dumps(settings),
-        capture_output=True,
-        text=True,
-        check=False,
-        env=worker_environment(),
-    )
-    if done.returncode:
-        raise SystemExit(f"{module} failed for {settings}:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 class Worker:
@@ -161,51 +136,3 @@ def available_bytes() -> int | None:
     except (OSError, ValueError):  # no such group, or "max"
         return free
     return min(free, left)
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between the sorted values, q in [0, 1]."""
-    ordered = sorted(values)
-    at = q * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
-def environment() -> dict[str, Any]:
-    """What a figure was measured on: machine, versions, commit."""
-
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "absent"
-
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
-        "instruction_sets": [name for name in INSTRUCTION_SETS if name in _cpuinfo("flags").split()],
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "packages": {package: version(package) for package in PACKAGES},
-        "commit": commit.stdout.strip() or "unknown",
-    }
-
-
-def _cpuinfo(field: str) -> str:
-    """Of the first processor; empty where the system does not tell."""
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith(field):
-            return line.split(":", 1)[1].strip()
-    return ""
-
-
-def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """rows.csv and environment.json in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "rows.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Who computes the head in the `head` suite: ours, the peers, and the floor of plain matrix products.
+"""How each provider of the `head` suite computes: ours, the peers, and the floor of plain matrix products.
 
 Every provider gets the same `Problem` and returns either the log-probs of its rows, which the suite weights by a
 gradient that differs from row to row, or, where that is all it offers, a scalar of its own:
@@ -55,29 +55,25 @@ def branch_length(rows: int) -> int:
 
 
 @dataclass(frozen=True)
-class Provider:
+class Way:
     """One way to compute the head.
 
     run:         Problem -> what `objective` says
     objective:   rows, sum, pairs or products
     logits:      how many float32 [R, V] it holds at its peak, measured or read, to stay within the machine's memory
-    devices:     where it runs
-    note:        what a reader must know to compare its row with others
     took:        Problem -> a word on what it chose by itself
     """
 
     run: Callable[[Problem], Tensor]
     objective: str = "rows"
     logits: float = 0.0
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    note: str = ""
     took: Callable[[Problem], str] | None = None
 
 
-def loss_of(provider: Provider, problem: Problem) -> tuple[Tensor, Tensor]:
-    """(what the provider returned, scalar to take the gradient of)"""
-    result = provider.run(problem)
-    if provider.objective == "rows":
+def loss_of(way: Way, problem: Problem) -> tuple[Tensor, Tensor]:
+    """(what it returned, scalar to take the gradient of)"""
+    result = way.run(problem)
+    if way.objective == "rows":
         return result, (problem.upstream * result).sum()
     return result, result
 
@@ -226,30 +222,21 @@ def quack(problem: Problem) -> Tensor:
     return peer(problem.hidden, problem.weight, problem.target, reduction="sum")
 
 
-_SUM = "sum of cross-entropies: one gradient for all rows"
-_PAIRS = "DPO loss, reference off"
-
-PROVIDERS: dict[str, Provider] = {
-    "products": Provider(products(plain), "products", logits=1, note="matrix products alone: no loss is computed"),
-    "products-onednn": Provider(
-        products(onednn), "products", logits=2, devices=("cpu",), note="the same through oneDNN, whatever torch's BLAS"
-    ),
-    "ours": Provider(ours("auto"), took=auto_choice),
-    "ours-chunked": Provider(ours("chunked")),
-    "ours-memory": Provider(ours_memory, devices=("cpu",), note="cpu with extra_bytes=0"),
-    "ours-triton-chunked": Provider(ours("triton_chunked"), logits=1, devices=("cuda",)),
-    "ours-triton-fused": Provider(ours("triton_fused"), devices=("cuda",)),
-    "ours-loss": Provider(ours_loss, "pairs", note=f"StepDPOLoss: {_PAIRS}"),
-    "eager": Provider(eager, logits=3),
-    "eager-compiled": Provider(eager_compiled, logits=2.5, note="torch.compile of eager"),
-    "trl-selective": Provider(trl_selective, logits=3),
-    "trl-chunked": Provider(trl_chunked, logits=0.25),
-    "liger-dpo": Provider(liger_dpo, "pairs", note=f"compiled; {_PAIRS}"),
-    "cut-cross-entropy": Provider(cut_cross_entropy, logits=2.5, note="reduction none; torch_compile on CPUs"),
-    "torch-linear-ce": Provider(torch_linear_ce, logits=3, note="its defaults, reduction none"),
-    "torch-linear-ce-chunked": Provider(
-        torch_linear_ce_chunked, logits=3, note="its own backward, reduction none; on CPUs one chunk"
-    ),
-    "quack": Provider(quack, "sum", logits=0.5, devices=("cuda",), note=_SUM),
+WAYS: dict[str, Way] = {
+    "products": Way(products(plain), "products", logits=1),
+    "products-onednn": Way(products(onednn), "products", logits=2),
+    "ours": Way(ours("auto"), took=auto_choice),
+    "ours-memory": Way(ours_memory),
+    "ours-triton-chunked": Way(ours("triton_chunked"), logits=1),
+    "ours-triton-fused": Way(ours("triton_fused")),
+    "ours-loss": Way(ours_loss, "pairs"),
+    "eager": Way(eager, logits=3),
+    "eager-compiled": Way(eager_compiled, logits=2.5),
+    "trl-selective": Way(trl_selective, logits=3),
+    "trl-chunked": Way(trl_chunked, logits=0.25),
+    "liger-dpo": Way(liger_dpo, "pairs"),
+    "cut-cross-entropy": Way(cut_cross_entropy, logits=2.5),
+    "torch-linear-ce": Way(torch_linear_ce, logits=3),
+    "torch-linear-ce-chunked": Way(torch_linear_ce_chunked, logits=3),
+    "quack": Way(quack, "sum", logits=0.5),
 }
-OURS = tuple(name for name in PROVIDERS if name.startswith("ours"))

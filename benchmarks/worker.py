@@ -1,0 +1,153 @@
+"""A process that computes for one provider. Reads one JSON object a line and answers each with one: {"status": "ok",
+...}, or another status and a note.
+
+    {"do": "ready"}       the device's name, when libraries are imported
+    {"do": "verify"}      relative errors to float64, on a small problem of the kind of the case beside it
+    {"do": "warm-up"}     its first call on the case, and the peak of memory: of a second call, or from loading on
+    {"do": "measure"}     seconds of further calls
+    {"do": "forget"}      lets go of the case
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any, TextIO
+
+import torch
+
+from benchmarks.measure import PeakMemory
+from benchmarks.registry import Task, task_module
+
+TURN_SECONDS, TURN_CALLS = 0.5, 10  # short calls are repeated within a turn: until this long, at most this many
+# Calls shorter than this are preceded by one that does not count: memory that another process has given back comes
+# slowly (a third of a second for a dW of 260 MiB on a virtual machine), and calls of a training run follow each other.
+UNTIMED_SECONDS = 10.0
+
+
+def timed(task: Task) -> tuple[float, Any]:
+    """(seconds of one call, what it returned, to be released outside of the time)"""
+    gc.collect()
+    began = time.perf_counter()
+    outputs = task.run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, outputs
+
+
+class Worker:
+    """What a process keeps between commands: the task it was told to measure."""
+
+    def __init__(self) -> None:
+        self._task: Task | None = None
+
+    def do(self, command: str, message: dict[str, Any]) -> dict[str, Any]:
+        if message.get("threads"):
+            torch.set_num_threads(message["threads"])
+        commands = {"ready": self._ready, "verify": self._verify, "warm-up": self._warm_up, "measure": self._measure}
+        return (commands | {"forget": self._forget})[command](message)
+
+    def _ready(self, message: dict[str, Any]) -> dict[str, Any]:
+        task_module(message["suite"])
+        if message["device"] == "cuda":
+            return {"device": torch.cuda.get_device_name()}
+        return {"device": "cpu", "threads": torch.get_num_threads()}
+
+    def _verify(self, message: dict[str, Any]) -> dict[str, Any]:
+        module = task_module(message["suite"])
+        errors = module.errors(message["provider"], message["case"])
+        most = module.tolerance(message["case"])
+        if all(error <= most for error in errors.values()):  # not so where one is NaN
+            return {"errors": errors}
+        told = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
+        return {"status": "wrong", "note": f"relative to float64: {told}", "errors": errors}
+
+    def _warm_up(self, message: dict[str, Any]) -> dict[str, Any]:
+        device = message["case"]["device"]
+        task = self._task = task_module(message["suite"]).load(
+            message["provider"], message["case"], Path(message["inputs"])
+        )
+        gc.collect()
+        loaded = PeakMemory(device) if task.keeps_state else None
+        first, outputs = timed(task)
+        value = task.value(outputs)
+        del outputs
+        gc.collect()
+        memory = loaded or PeakMemory(device)
+        outputs = task.run()
+        extra = memory.extra_bytes()
+        del outputs
+        give_back()
+        return {
+            "first_call_seconds": first,
+            "extra_bytes": extra,
+            "value": value,
+            "facts": task.facts,
+            "note": task.note,
+        }
+
+    def _measure(self, _: dict[str, Any]) -> dict[str, Any]:
+        assert self._task
+        calls = [timed(self._task)[0]]
+        if calls[0] < UNTIMED_SECONDS:
+            calls = [timed(self._task)[0]]
+        while sum(calls) < TURN_SECONDS and len(calls) < TURN_CALLS:
+            calls.append(timed(self._task)[0])
+        give_back()
+        return {"seconds": median(calls)}
+
+    def _forget(self, _: dict[str, Any]) -> dict[str, Any]:
+        self._task = None
+        give_back()
+        return {}
+
+
+def give_back() -> None:
+    """What PyTorch's allocator keeps of the GPU's memory, which other processes have their turns with."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def what_failed(error: Exception) -> dict[str, str]:
+    """Status and note of an exception that a provider raised."""
+    told = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    if isinstance(error, ImportError):
+        return {"status": "absent", "note": told}
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    if memory:
+        return {"status": "out of memory", "note": told}
+    refusal = isinstance(error, (ValueError, NotImplementedError, AssertionError))
+    return {"status": "refused" if refusal else "failed", "note": told}
+
+
+def serve(lines: Iterable[str], results: TextIO) -> None:
+    """Answers every line, until they end."""
+    worker = Worker()
+    for line in lines:
+        message = json.loads(line)
+        try:
+            answer = {"status": "ok", **worker.do(message.pop("do"), message)}
+        except Exception as error:
+            answer = what_failed(error)
+        print(json.dumps(answer), file=results, flush=True)
+
+
+def main() -> None:
+    # If memory runs out nevertheless, the kernel should take this process and no other.
+    score = Path("/proc/self/oom_score_adj")
+    if score.exists():
+        score.write_text("1000")
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the results
+    serve(iter(sys.stdin.readline, ""), results)
+
+
+if __name__ == "__main__":
+    main()
