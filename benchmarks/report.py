@@ -1,7 +1,177 @@
-"""placeholder"""
+"""The report of a folder of results: README.md beside the CSV files, and nothing in it that is not in them."""
 
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
+
+from benchmarks.plots import UNTOLD, plot_all, slug
+from benchmarks.registry import workloads
+from benchmarks.rows import Row, read
+
+OURS = "ours"  # the provider that is what users get; the other ones of ours are told apart from it
 
 
 def write_report(folder: Path) -> Path:
-    return folder
+    """Writes folder/README.md and folder/plots; returns the former's path."""
+    rows = read(folder)
+    plots = {path.stem for path in plot_all(folder)}
+    environment = folder / "environment.json"
+    told = json.loads(environment.read_text()) if environment.exists() else {}
+    parts = [
+        f"# {told.get('device') or rows[0].device}",
+        "Written by `python -m benchmarks`; `benchmarks/README.md` says how it measures and how to read this. Times are "
+        "medians over rounds that went over all providers in turn, 20th and 80th percentile in brackets; ratios are "
+        "taken round by round. Below 1 is faster, or smaller, than what it is held against.",
+        *in_short(rows),
+        *losses(rows),
+        *absent(rows),
+        *(part for name, own in by_workload(rows).items() for part in section(name, own, plots)),
+        *machine(told, rows),
+    ]
+    path = folder / "README.md"
+    path.write_text("\n\n".join(parts) + "\n")
+    return path
+
+
+def by_workload(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row.workload].append(row)
+    return found
+
+
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    body = [" | ".join(line) for line in lines]
+    rule = "|".join("---" for _ in headings)
+    return "\n".join(f"| {line} |" for line in (" | ".join(headings), rule, *body)).replace(f"| {rule} |", f"|{rule}|")
+
+
+def geometric(values: Sequence[float]) -> float:
+    return math.exp(fmean(map(math.log, values)))
+
+
+def span(values: Sequence[float]) -> str:
+    """Geometric mean and range."""
+    mean = f"{geometric(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
+
+
+def in_short(rows: Sequence[Row]) -> list[str]:
+    """`ours` beside the floor and the best peer of each case; memory beside that peer's."""
+    lines = []
+    for name, own in by_workload(rows).items():
+        for mode in dict.fromkeys(row.mode for row in own):
+            ratios = {
+                metric: [r.median for r in own if r.provider == OURS and r.metric == metric and r.mode == mode]
+                for metric in ("of_floor", "of_best_peer")
+            }
+            if ratios["of_floor"] or ratios["of_best_peer"]:
+                cases = max(map(len, ratios.values()))
+                smaller = memory_ratios([row for row in own if row.mode == mode])
+                cells = [span(values) if values else "" for values in (*ratios.values(), smaller)]
+                lines.append((name, mode, str(cases), *cells))
+    headings = ("workload", "mode", "cases", "time of the floor's", "time of the best peer's", "memory of that peer's")
+    note = "`ours` as it comes, geometric mean over the cases and their range."
+    return ["## In short", note, table(headings, lines)] if lines else []
+
+
+def memory_ratios(rows: Sequence[Row]) -> list[float]:
+    """Of `ours` to the fastest peer, for each case where both are known."""
+    peers = {r.case: r.note.removeprefix("of ") for r in rows if r.provider == OURS and r.metric == "of_best_peer"}
+    memory = {(r.case, r.provider): r.median for r in rows if r.metric == "extra_bytes" and r.values}
+    found = [(memory.get((case, OURS)), memory.get((case, peer))) for case, peer in peers.items()]
+    return [a / b for a, b in found if a and b and a > 0 and b > 0]
+
+
+def losses(rows: Sequence[Row]) -> list[str]:
+    """Where a peer is faster than `ours` in most rounds."""
+    lines = [
+        (row.workload, row.mode, f"{row.x_name} {row.x:,.0f}, {configuration(row)}", row.note.removeprefix("of "), ratio(row))
+        for row in rows
+        if row.provider == OURS and row.metric == "of_best_peer" and row.median > 1
+    ]  # fmt: skip
+    if not lines:
+        return ["## Where ours loses", "In no case of this run was a peer faster than `ours` by the median."]
+    headings = ("workload", "mode", "case", "faster peer", "time of that peer's")
+    return ["## Where ours loses", table(headings, lines)]
+
+
+def absent(rows: Sequence[Row]) -> list[str]:
+    """Who has no figures, and why: once for each reason."""
+    why: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        if row.metric == "seconds" and row.status != "ok":
+            why[row.provider, row.status, row.note].append(row.workload)
+    lines = [
+        (provider, status, note.replace("|", "\\|"), f"{len(names)} of {', '.join(dict.fromkeys(names))}")
+        for (provider, status, note), names in why.items()
+    ]
+    return ["## Who has no figures", table(("provider", "status", "why", "cases"), lines)] if lines else []
+
+
+def configuration(row: Row) -> str:
+    return ", ".join(f"{key} {value}" for key, value in row.configuration.items() if key not in UNTOLD)
+
+
+def ratio(row: Row) -> str:
+    return f"{row.median:.2f}" + (f" ({row.p20:.2f} to {row.p80:.2f})" if len(row.values) > 1 else "")
+
+
+def section(name: str, rows: Sequence[Row], plots: set[str]) -> list[str]:
+    """A workload's plots and tables, a pair for each configuration."""
+    workload = next((w for w in workloads() if w.name == name), None)
+    parts = [f"## {workload.title if workload else name}", f"`{name}`, kernel `{rows[0].kernel}`."]
+    panels: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        panels[row.panel].append(row)
+    for panel, own in panels.items():
+        parts.append(f"### {own[0].mode}: {configuration(own[0])}")
+        if slug(panel) in plots:
+            parts.append(f"![{name}](plots/{slug(panel)}.svg)")
+        parts.append(figures(own))
+    if workload:
+        shown = {row.provider for row in rows}
+        parts.append("\n".join(f"- `{p.name}`: {p.what}" for p in workload.providers if p.name in shown))
+    return parts
+
+
+def figures(rows: Sequence[Row]) -> str:
+    by_case: dict[float, dict[str, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        by_case[row.x][row.provider][row.metric] = row
+    counted = [m for m in ("tokens", "of_unique") if any(row.metric == m for row in rows)]
+    x_name = rows[0].x_name.replace("_", " ")
+    headings = (x_name, "provider", "ms", "of the floor", "of the best peer", "first call, s", "extra, MiB", "errors")
+    lines = []
+    for x, providers in sorted(by_case.items()):
+        ran = [(name, own) for name, own in providers.items() if own.get("seconds") and own["seconds"].values]
+        for name, own in sorted(ran, key=lambda item: item[1]["seconds"].median):
+            seconds = own["seconds"]
+            spread = f" ({1e3 * seconds.p20:,.4g} to {1e3 * seconds.p80:,.4g})" if len(seconds.values) > 1 else ""
+            lines.append(
+                (
+                    f"{x:,.0f}",
+                    f"**{name}**" if seconds.role == "ours" else name,
+                    f"{1e3 * seconds.median:,.4g}{spread}",
+                    *(f"{own[m].median:.2f}" if m in own else "" for m in ("of_floor", "of_best_peer")),
+                    f"{own['first_call_seconds'].median:.1f}" if "first_call_seconds" in own else "",
+                    f"{own['extra_bytes'].median / 2**20:,.0f}" if "extra_bytes" in own else "",
+                    " ".join(f"{row.median:.0e}" for row in own.values() if row.metric.startswith("error")),
+                    *(f"{own[m].median:,.4g}" if m in own else "" for m in counted),
+                )
+            )
+    return table((*headings, *(m.replace("_", " ") for m in counted)), lines)
+
+
+def machine(told: dict[str, object], rows: Sequence[Row]) -> list[str]:
+    lines = [
+        f"- {key.replace('_', ' ')}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}"
+        for key, value in told.items()
+    ]
+    commits = ", ".join(sorted({row.commit for row in rows}))
+    return ["## Machine and versions", "\n".join([*lines, f"- commits of the rows: {commits}"])]
