@@ -1,4 +1,4 @@
-"""`python -m benchmarks run | verify | plot | compare`: is it exact, is it faster, does it need less memory?"""
+"""`python -m benchmarks run | verify | plot | compare | gpu`: is it exact, is it faster, does it need less memory?"""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import argparse
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.registry import SIZES, SUITES
-
-ROUNDS = {"tiny": 2, "quick": 5, "full": 9}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,8 +42,17 @@ def parser() -> argparse.ArgumentParser:
         add.add_argument("--no-tests", dest="tests", action="store_false", help="without the tests")
         if name == "run":
             add.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of results")
-            add.add_argument("--rounds", type=int, help=f"over all providers; default {ROUNDS}")
+            add.add_argument("--rounds", type=int, help="over all providers; by default it depends on the size")
             add.add_argument("--time-limit", type=float, help="seconds; what is not measured by then says so")
+            add.add_argument("--model", help="real weights for training steps: a folder or GGUF file; goes with --data")
+            add.add_argument("--data", help="step pairs in the released schema (JSONL); goes with --model")
+    gpu = commands.add_parser("gpu", help="the tests marked gpu, then the suites, within a time limit")
+    gpu.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder of results")
+    gpu.add_argument("--time-limit", type=float, default=510, help="seconds")
+    gpu.add_argument(
+        "--dry", action="store_true", help="without a GPU: tiny cases on the CPU, to see that all of it runs"
+    )
+    gpu.set_defaults(command=run_gpu)
     plot = commands.add_parser("plot", help="plots and report of a folder of results, from its CSV files alone")
     plot.add_argument("results", type=Path)
     plot.add_argument("--picture", type=Path, metavar="FILE", help="the README's picture, to FILE (SVG), and no more")
@@ -58,21 +66,35 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    from benchmarks import rows, session
-    from benchmarks.report import write_report
+    from benchmarks import session
 
+    if (options.model is None) != (options.data is None):
+        raise SystemExit("--model and --data go together")
     chosen = session.chosen(options.suite, options.workloads)
     limit = time.monotonic() + options.time_limit if options.time_limit else float("inf")
     size = options.size or "full"
-    context = session.context(options, size, options.rounds or ROUNDS[size], limit)
+    context = session.context(options, options.rounds or session.ROUNDS[size], limit)
+    with_report(lambda: session.run(chosen, size, context, options.output, options.tests), options.output)
+
+
+def run_gpu(options: argparse.Namespace) -> None:
+    from benchmarks import gpu
+
+    with_report(lambda: gpu.run(options), options.output)
+
+
+def with_report(measure: Callable[[], None], output: Path) -> None:
+    """Measures, and writes the report of what there is, interrupted or not."""
+    from benchmarks import report, rows
+
     try:
-        session.run(chosen, size, context, options.output, options.tests)
+        measure()
     except KeyboardInterrupt:
         print("interrupted: the report is of what there is", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        if list(options.output.glob(f"*{rows.SUFFIX}")):
-            print(f"report: {write_report(options.output)}")
+        if list(output.glob(f"*{rows.SUFFIX}")):
+            print(f"report: {report.write_report(output)}")
 
 
 def verify(options: argparse.Namespace) -> None:

@@ -40,6 +40,7 @@ class Context:
     keep:       takes the rows of each case when it is done, or interrupted
     only:       names of providers; all where empty
     dry:        Triton's kernels in its interpreter, to walk through what a GPU would run
+    model, data: real weights and pairs for training steps, where they are named
     """
 
     device: str
@@ -50,6 +51,8 @@ class Context:
     deadline: float = float("inf")
     only: tuple[str, ...] = ()
     dry: bool = False
+    model: str = ""
+    data: str = ""
     device_name: str = ""
     commit: str = field(default_factory=commit)
 
@@ -260,13 +263,6 @@ def as_rows(
     """All metrics of all providers on one case."""
     rows: list[Row] = []
     seconds = {name: times for name, times in seconds.items() if times}
-    floors = [p.name for p in workload.providers if p.role == "floor" and p.name in seconds]
-    peers = [p.name for p in workload.providers if p.role == "peer" and p.name in seconds]
-    bases = {
-        metric: min(names, key=lambda name: median(seconds[name]))
-        for metric, names in (("of_floor", floors), ("of_best_peer", peers))
-        if names
-    }
     for provider in context.providers(workload):
         answer, base = answers[provider.name], row_of(workload, provider, case, context)
         status = answer["status"]
@@ -277,13 +273,22 @@ def as_rows(
         else:
             times = tuple(seconds[provider.name])
             rows.append(replace(base, metric="seconds", unit="s", values=times, note=answer.get("note", "")))
-            for metric, other in bases.items():
-                ratios = tuple(a / b for a, b in zip(times, seconds[other], strict=False))
-                if ratios:
-                    rows.append(replace(base, metric=metric, unit="x", values=ratios, note=f"of {other}"))
+            rows += ratio_rows(base, workload, seconds)
             rows += [replace(base, metric=m, unit=unit, values=(v,)) for m, unit, v in once(answer)]
         for name, error in answer.get("errors", {}).items():
             rows.append(replace(base, metric=name, unit="1", values=(error,), note="relative, to float64"))
+    return rows
+
+
+def ratio_rows(base: Row, workload: Workload, seconds: dict[str, list[float]]) -> list[Row]:
+    """Of `base`'s provider to the fastest floor and to the fastest peer of the case, round by round."""
+    rows = []
+    for metric, role in (("of_floor", "floor"), ("of_best_peer", "peer")):
+        names = [p.name for p in workload.providers if p.role == role and p.name in seconds]
+        if names:
+            best = min(names, key=lambda name: median(seconds[name]))
+            ratios = tuple(a / b for a, b in zip(seconds[base.provider], seconds[best], strict=False))
+            rows.append(replace(base, metric=metric, unit="x", values=ratios, note=f"of {best}"))
     return rows
 
 

@@ -19,6 +19,8 @@ from benchmarks.runner import Context, Pool, kind_of
 from benchmarks.runner import verify as errors_of
 from benchmarks.tables import print_case, print_errors
 
+ROUNDS = {"tiny": 2, "quick": 5, "full": 9}
+
 
 def chosen(suite: str, names: list[str] | None) -> list[Workload]:
     """Raises SystemExit where a name is none."""
@@ -30,7 +32,7 @@ def chosen(suite: str, names: list[str] | None) -> list[Workload]:
     return [workload for workload in found if not names or workload.name in names]
 
 
-def context(options: argparse.Namespace, size: str, rounds: int, deadline: float) -> Context:
+def context(options: argparse.Namespace, rounds: int, deadline: float) -> Context:
     """Raises SystemExit where a provider is nobody's."""
     only = tuple(options.providers or ())
     known = {p.name: p.role for workload in workloads(options.suite) for p in workload.providers}
@@ -47,6 +49,8 @@ def context(options: argparse.Namespace, size: str, rounds: int, deadline: float
         deadline=deadline,
         only=only,
         dry=options.dry,
+        model=getattr(options, "model", None) or "",
+        data=getattr(options, "data", None) or "",
     )
 
 
@@ -89,7 +93,7 @@ def run(chosen: list[Workload], size: str, context: Context, output: Path, tests
 def verify(chosen: Iterable[Workload], size: str, options: argparse.Namespace) -> bool:
     """Prints every provider's errors and the tests; False where one of ours is wrong, or a test red."""
     console = Console(width=200)
-    told = context(options, size, 0, float("inf"))
+    told = context(options, 0, float("inf"))
     chosen = list(chosen)
     red = gates.red_tests(chosen) if options.tests else {}
     right = not red

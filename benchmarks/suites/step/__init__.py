@@ -1,1 +1,119 @@
-WORKLOADS = ()
+"""A whole model's forward and backward on pairs, and whole training steps beside TRL's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.registry import Case, Provider, Workload
+
+MODEL_PROVIDERS = (
+    Provider(
+        "products", "floor", "matrix products of all linear layers over tokens held once, of the head over its rows"
+    ),
+    Provider("ours", "ours", "packed forests, every common prefix encoded once (share tree), StepDPOLoss"),
+    Provider("ours-pair", "ours", "the same, prefixes shared within pairs (share pair)"),
+    Provider("ours-none", "ours", "the same, nothing shared (share none): packing without padding, and our head"),
+    Provider("padded", "peer", "transformers' model on padded batches sorted by length, full logits, cross entropy"),
+    Provider("padded-rows", "peer", "the same, with the head on labelled tokens alone"),
+)
+TRAINING_PROVIDERS = (
+    Provider("products", "floor", "matrix products over the step's tokens held once: reference, forward, backward"),
+    Provider("ours", "ours", "StepDPOTrainer, pairs drawn at random"),
+    Provider("ours-grouped", "ours", "the same, pairs drawn problem by problem, so that more is shared"),
+    Provider("ours-pair", "ours", "the same as ours, prefixes shared within pairs alone"),
+    Provider("ours-none", "ours", "the same as ours, nothing shared"),
+    Provider(
+        *("trl", "peer", "DPOTrainer, 8 pairs in a forward pass, reference precomputed, its fused head"), "trl"
+    ),
+    Provider("trl-sorted", "peer", "the same, pairs of a step sorted by length so that they pad little", "trl"),
+    Provider("trl-1", "peer", "the same, one pair in a forward pass: next to no padding, and least memory", "trl"),
+    Provider("trl-32", "peer", "the same as trl-sorted with 32 pairs in a forward pass", "trl", devices=("cuda",)),
+    Provider("trl-packed", "ours", "TRL's trainer as in trl, with stepdpo_kernels.integrations.trl", "trl"),
+)  # fmt: skip
+TESTS = ("tests/invariants/test_i2_zero_margin.py",)
+
+
+def case(device: str, model: str, **changes: Any) -> Case:
+    usual = {"mode": "full", "dtype": "bfloat16", "model": model, "device": device, "max_tokens": 4096}
+    return {**usual, **changes}
+
+
+def tiny(device: str, **changes: Any) -> Case:
+    return case(device, "tiny", dtype="float32", max_tokens=512, **changes)
+
+
+def by_pairs(device: str, size: str) -> list[Case]:
+    if size == "tiny":
+        return [tiny(device, lengths="real", pairs=n) for n in (4, 8)]
+    if device == "cuda":
+        pairs = {"quick": (128,), "full": (16, 64, 256, 1024)}[size]
+        found = [case(device, "Qwen2-1.5B", lengths="real", pairs=n, max_tokens=16_384) for n in pairs]
+        checkpointed = {"mode": "lora", "checkpointing": True, "max_tokens": 16_384}
+        if size == "full":
+            found += [case(device, "Qwen2-7B", lengths="real", pairs=n, **checkpointed) for n in (64, 256)]
+        return found
+    return [case(device, "llama-21M", lengths="real", pairs=n) for n in {"quick": (8, 32), "full": (8, 32, 128)}[size]]
+
+
+def by_prefix(device: str, size: str) -> list[Case]:
+    if size == "tiny":
+        return []
+    model = "Qwen2-1.5B" if device == "cuda" else "llama-21M"
+    prefixes = {
+        ("cuda", "quick"): (1024, 4096),
+        ("cuda", "full"): (256, 1024, 4096, 16_384, 32_768),
+        ("cpu", "quick"): (),
+        ("cpu", "full"): (128, 512, 2048),
+    }[device, size]
+    shape = {"lengths": "made", "branch": 64, "pairs_per_prefix": 2, "pairs": 8}
+    return [case(device, model, prefix=n, max_tokens=max(4096, 2 * (n + 64)), **shape) for n in prefixes]
+
+
+def by_branches(device: str, size: str) -> list[Case]:
+    if size != "full":
+        return []
+    model = "Qwen2-1.5B" if device == "cuda" else "llama-21M"
+    shape = {"lengths": "made", "branch": 64, "prefix": 512, "pairs": 16}
+    return [case(device, model, pairs_per_prefix=n, **shape) for n in (1, 2, 4, 8, 16)]
+
+
+def training(device: str, size: str) -> list[Case]:
+    if size == "tiny":
+        return [tiny(device, pairs_per_step=8, rounds=2)]
+    if device == "cuda":
+        return [case(device, "Qwen2-1.5B", pairs_per_step=128, max_tokens=16_384, rounds=3 if size == "quick" else 5)]
+    if size == "quick":
+        return [case(device, "llama-21M", pairs_per_step=16, max_tokens=2048, rounds=3)]
+    return [case(device, "SmolLM2-135M", pairs_per_step=16, max_tokens=1024, rounds=5)]
+
+
+def training_lora(device: str, size: str) -> list[Case]:
+    if size != "full":
+        return []
+    if device == "cuda":
+        of = {"mode": "lora", "checkpointing": True, "pairs_per_step": 128, "max_tokens": 16_384, "rounds": 3}
+        return [case(device, "Qwen2-7B", **of)]
+    return [case(device, "SmolLM2-135M", mode="lora", pairs_per_step=16, max_tokens=1024, rounds=3)]
+
+
+def _model(name: str, title: str, x: str, x_label: str, cases: Any) -> Workload:
+    return Workload(name, "step", "forward_backward", title, x, x_label, cases, MODEL_PROVIDERS, tests=TESTS)
+
+
+def _training(name: str, title: str, cases: Any) -> Workload:
+    return Workload(
+        *(name, "step", "training_step", title, "pairs_per_step", "pairs of an optimiser step"),
+        *(cases, TRAINING_PROVIDERS, ("mode",), TESTS, "benchmarks.suites.step.trainers"),
+    )
+
+
+WORKLOADS = (
+    _training("step-training", "Training all weights: reference, forward, backward, optimiser", training),
+    _training("step-lora", "Training an adapter of rank 16", training_lora),
+    _model("model-pairs", "A model's forward and backward against its pairs", "pairs", "pairs", by_pairs),
+    _model("model-prefix", "The same against the length of prefixes", "prefix", "tokens of a prefix", by_prefix),
+    _model(
+        *("model-branches", "The same against pairs of one prefix", "pairs_per_prefix", "pairs of a prefix"),
+        by_branches,
+    ),
+)

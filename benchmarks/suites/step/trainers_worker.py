@@ -7,6 +7,7 @@ next turn: first the reference log-probs of the pairs of each optimiser step, th
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -21,8 +22,9 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from benchmarks.measure import PeakMemory
+from benchmarks.suites.step.floor import LinearProducts
 from stepdpo_kernels.data import load_step_pairs
-from stepdpo_kernels.packing import epoch_order
+from stepdpo_kernels.packing import epoch_order, pack_pairs
 from stepdpo_kernels.trainer import StepDPOConfig, StepDPOTrainer, load_model, load_tokenizer
 from stepdpo_kernels.types import StepPair
 
@@ -72,7 +74,8 @@ class Turns(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:  # the last thing of a step
-            self.end(loss=logs["loss"], logps_chosen=logs["logps/chosen"], logps_rejected=logs["logps/rejected"])
+            names = ("loss", "grad_norm", "logps/chosen", "logps/rejected")
+            self.end(**{name.replace("/", "_"): logs[name] for name in names})
 
     def _answer(self, facts: dict[str, Any]) -> None:
         print(json.dumps({"status": "ok", **facts}), file=self.answers, flush=True)
@@ -98,7 +101,7 @@ def common(settings: dict[str, Any]) -> dict[str, Any]:
         "learning_rate": 5e-7,
         "lr_scheduler_type": "constant",
         "beta": 0.4,
-        "bf16": True,
+        "bf16": settings["bf16"],
         "use_cpu": not torch.accelerator.is_available(),
         "optim": "adamw_torch_fused",
         "gradient_checkpointing": settings["checkpointing"],
@@ -109,7 +112,6 @@ def common(settings: dict[str, Any]) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "seed": 0,
-        "torch_compile": settings["compiled"],
     }
 
 
@@ -156,10 +158,6 @@ def ours(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> 
 def trl(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> Any:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
-    from trl.trainer import utils
-
-    if settings["compact"]:
-        utils._use_triton = lambda _: True  # asked there only whether rows without a loss are left out
 
     trainer_class: Any = DPOTrainer
     if settings["packed"]:
@@ -187,7 +185,7 @@ def trl(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> A
         args=DPOConfig(
             per_device_train_batch_size=settings["at_once"],
             gradient_accumulation_steps=per_step // settings["at_once"],
-            precompute_ref_log_probs=not settings["live"],
+            precompute_ref_log_probs=True,
             max_length=None,
             **common(settings),
         ),
@@ -205,11 +203,54 @@ def trl(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> A
         peft_config=adapter(settings),
         callbacks=[turns],
     )
-    if settings["live"]:
-        turns.loaded()
-        for _ in range(settings["steps"]):  # its references come with the steps
-            turns.end()
     return trainer
+
+
+class Products:
+    """The floor: matrix products over the tokens of each step held once, and over its loss rows."""
+
+    def __init__(self, settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> None:
+        self.turns, self.most = turns, 2 if settings["lora_rank"] else 3
+        pairs, per_step = drawn(settings, tokenizer), settings["pairs_per_step"]
+        self.steps = [
+            [(b.num_tokens, b.num_rows) for b in pack_pairs(pairs[i : i + per_step], settings["max_tokens"])]
+            for i in range(0, len(pairs), per_step)
+        ]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = model.to(device, torch.bfloat16 if settings["bf16"] else None)
+        self.floor = LinearProducts(model, [size for step in self.steps for size in step])
+
+    def train(self) -> None:
+        self.turns.loaded()
+        for products in (1, self.most):  # the reference pass, then the step
+            for sizes in self.steps:
+                for tokens, rows in sizes:
+                    self.floor.run(tokens, rows, products)
+                self.turns.end(tokens=sum(tokens for tokens, _ in sizes))
+
+
+class Oracle:
+    """What the first step's log must say: each branch alone, full logits, in float64."""
+
+    def __init__(self, settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> None:
+        self.model, self.turns, self.beta = model.double().train(), turns, common(settings)["beta"]
+        self.pairs = drawn(settings, tokenizer)
+
+    def train(self) -> None:
+        self.turns.loaded()
+        self.turns.end()
+        sums: dict[str, float] = {"chosen": 0.0, "rejected": 0.0}
+        for pair in self.pairs:
+            for name, step, sign in (("chosen", pair.chosen_ids, 1), ("rejected", pair.rejected_ids, -1)):
+                ids = torch.tensor([*pair.prefix_ids.tolist(), *step.tolist()])
+                logits = self.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+                logp = logits.log_softmax(dim=1).gather(1, ids[1:, None])[len(pair.prefix_ids) - 1 :].sum()
+                # At a margin of zero the loss falls by beta / 2 of it.
+                (-sign * self.beta / 2 * logp / len(self.pairs)).backward()
+                sums[name] += logp.item() / len(self.pairs)
+        gradients = [p.grad.square().sum() for p in self.model.parameters() if p.grad is not None]
+        norm = float(torch.stack(gradients).sum().sqrt())
+        self.turns.end(loss=math.log(2), grad_norm=norm, logps_chosen=sums["chosen"], logps_rejected=sums["rejected"])
 
 
 def length(pair: StepPair) -> int:
@@ -223,7 +264,8 @@ def main() -> None:
         torch.set_num_threads(settings["threads"])
     model = load_model(settings["model"], settings["dtype"])
     turns = Turns(answers, settings["pairs_per_step"])
-    {"ours": ours, "trl": trl}[settings["trainer"]](settings, model, load_tokenizer(settings["model"]), turns).train()
+    trainers: dict[str, Any] = {"ours": ours, "trl": trl, "products": Products, "oracle": Oracle}
+    trainers[settings["trainer"]](settings, model, load_tokenizer(settings["model"]), turns).train()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,275 @@
+"""Training steps: a process for each trainer, which takes its turns in rounds over all of them.
+
+First the reference log-probs of the pairs of each optimiser step, then the steps, the first ones of an epoch over all
+pairs. The time of round k is that of both for the k-th step. The first round is warm-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.environment import processor
+from benchmarks.measure import Worker
+from benchmarks.registry import Case, Workload
+from benchmarks.rows import Row
+from benchmarks.runner import NOT_RUN, RESERVE_SECONDS, Answer, Context, at_once, ratio_rows, row_of
+
+WORKER = "benchmarks.suites.step.trainers_worker"
+# What a provider's name means; its number is what a forward pass takes at once: pairs of TRL.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "products": {"trainer": "products"},
+    "ours": {"trainer": "ours"},
+    "ours-grouped": {"trainer": "ours", "sampling": "grouped"},
+    "ours-pair": {"trainer": "ours", "share": "pair"},
+    "ours-none": {"trainer": "ours", "share": "none"},
+    "trl": {"trainer": "trl", "at_once": 8},
+    "trl-sorted": {"trainer": "trl", "at_once": 8, "sorted": True},
+    "trl-1": {"trainer": "trl", "at_once": 1},
+    "trl-32": {"trainer": "trl", "at_once": 32, "sorted": True},
+    "trl-packed": {"trainer": "trl", "at_once": 8, "packed": True},
+}
+DEFAULTS: dict[str, Any] = {"sampling": "shuffle", "share": "tree", "sorted": False, "packed": False}
+TOLERANCE = 1e-3  # in float32: of log-probs and the norm of the gradient, as the trainers log them
+VERIFIED = {"dtype": "float32", "pairs_per_step": 8, "max_tokens": 512}
+CHECKED = {"steps": 1, "bf16": False}
+PAIRS = 256  # made-up pairs to draw from, where no data is named
+
+
+def verify(workload: Workload, cases: list[Case], context: Context) -> dict[tuple[str, tuple[Any, ...]], Answer]:
+    """Log-probs and the gradient's norm of a first step in float32, as logged, beside float64 and the definition."""
+    providers = context.providers(workload)
+    kinds = [(p.name, mode) for mode in dict.fromkeys(case["mode"] for case in cases) for p in providers]
+    found: dict[tuple[str, tuple[Any, ...]], Answer] = {
+        (name, (mode,)): {"status": "ok", "errors": {}} for name, mode in kinds
+    }
+    checked = [(name, mode) for name, mode in kinds if SETTINGS[name]["trainer"] != "products"]
+    # The definition needs to know which pairs are drawn, and nothing else of a trainer.
+    definitions = {(drawn_by(name), mode): name for name, mode in checked}
+    with inputs_of({"model": "tiny", "dtype": "float32"}, "", "") as (model, data):
+
+        def first(name: str, mode: str, changes: dict[str, Any]) -> Answer:
+            settings = settings_of(name, {**VERIFIED, "mode": mode}, context, model, data)
+            return first_step({**settings, **CHECKED, **changes}, context)
+
+        with ThreadPoolExecutor(at_once(context)) as threads:
+            true = dict(
+                zip(
+                    definitions,
+                    threads.map(
+                        lambda key: first(definitions[key], key[1], {"trainer": "oracle"}),
+                        definitions,
+                    ),
+                    strict=True,
+                )
+            )
+            for (name, mode), answer in zip(checked, threads.map(lambda key: first(*key, {}), checked), strict=True):
+                definition = true[drawn_by(name), mode]
+                if definition["status"] != "ok":
+                    raise SystemExit(f"the float64 definition of a training step failed: {definition['note']}")
+                found[name, (mode,)] = judged(answer, definition, mode) if answer["status"] == "ok" else answer
+    return found
+
+
+def drawn_by(name: str) -> str:
+    return str({**DEFAULTS, **SETTINGS[name]}["sampling"])
+
+
+def judged(told: Answer, true: Answer, mode: str) -> Answer:
+    # An adapter begins with random weights, of which each library draws its own: log-probs alone are the same.
+    names = ("logps_chosen", "logps_rejected", *(("grad_norm",) if mode == "full" else ()))
+    errors = {f"error_{name}": abs(told[name] - true[name]) / abs(true[name]) for name in names}
+    if all(error <= TOLERANCE for error in errors.values()):
+        return {"status": "ok", "errors": errors}
+    note = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
+    return {"status": "wrong", "note": f"relative to float64: {note}", "errors": errors}
+
+
+def first_step(settings: dict[str, Any], context: Context) -> Answer:
+    with trainer_process(context) as (worker, folder):
+        for _ in range(3):  # loaded, its references, its step
+            answer = told(worker.ask({**settings, "folder": folder}))
+            if answer["status"] != "ok":
+                break
+        return answer
+
+
+@contextmanager
+def trainer_process(context: Context) -> Iterator[tuple[Worker, str]]:
+    with TemporaryDirectory(prefix="stepdpo-") as folder:
+        # Threads spin as libgomp has them do by itself: turns leave the machine to one process.
+        worker = Worker(WORKER, context.timeout, {"TMPDIR": folder, "GOMP_SPINCOUNT": "300000"})
+        try:
+            yield worker, folder
+        finally:
+            worker.close()
+
+
+def told(answer: Answer) -> Answer:
+    """The answer; a package that is missing is told from other failures."""
+    note = answer.get("note", "")
+    if answer["status"] == "failed" and "ModuleNotFoundError" in note:
+        return {"status": "absent", "note": note[note.index("ModuleNotFoundError") :]}
+    if answer["status"] == "failed" and "OutOfMemoryError" in note:
+        return {"status": "out of memory", "note": note}
+    return answer
+
+
+@contextmanager
+def inputs_of(case: Case, model: str, data: str) -> Iterator[tuple[str, str]]:
+    """(model, data): those that are named, or a folder with random weights and a file of made-up pairs."""
+    from benchmarks.suites.step.models import write_model, write_pairs
+
+    with TemporaryDirectory(prefix="stepdpo-") as folder:
+        made, pairs = Path(folder) / "model", Path(folder) / "pairs.jsonl"
+        if data:
+            yield plain_folder(model, case["dtype"], str(made)), data
+        else:
+            write_model(made, case["model"], case["dtype"])
+            write_pairs(pairs, max(PAIRS, 8 * case.get("pairs_per_step", 0)))
+            yield str(made), str(pairs)
+
+
+def plain_folder(model: str, dtype: str, folder: str) -> str:
+    """The model, or what a GGUF file holds as a plain folder: dequantising takes more memory than training."""
+    if Path(model).suffix != ".gguf" and not (Path(model).is_dir() and not (Path(model) / "config.json").exists()):
+        return model
+    from stepdpo_kernels.trainer import load_model, load_tokenizer
+
+    load_model(model, dtype).save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    return folder
+
+
+def settings_of(name: str, case: Case, context: Context, model: str, data: str) -> dict[str, Any]:
+    """Of a trainer's process."""
+    return {
+        "at_once": case["max_tokens"],
+        **DEFAULTS,
+        **SETTINGS[name],
+        "model": model,
+        "data": data,
+        "max_tokens": case["max_tokens"],
+        "pairs_per_step": case["pairs_per_step"],
+        "lora_rank": 16 if case["mode"] == "lora" else 0,
+        "checkpointing": case.get("checkpointing", False),
+        "dtype": case["dtype"],
+        "bf16": True,
+        "steps": 1 + min(case["rounds"], context.rounds) if "rounds" in case else 1,
+        "threads": context.threads,
+        "seed": 0,
+    }
+
+
+def measure(workload: Workload, cases: list[Case], context: Context, red: str = "") -> None:
+    """Hands the rows of every case to `context.keep`. red: tests that failed, so that ours is not measured."""
+    context.device_name = context.device_name or device_name(context.device)
+    if not cases:
+        return
+    if context.left() < RESERVE_SECONDS:
+        for case in cases:
+            context.keep(as_rows(workload, case, context, {p.name: NOT_RUN for p in context.providers(workload)}, {}))
+        return
+    verified = verify(workload, cases, context)
+    for case in cases:
+        # Real pairs of another model's size are another case.
+        case = case | ({"model": Path(context.model).stem, "lengths": Path(context.data).stem} if context.data else {})
+        answers = {p.name: dict(verified[p.name, (case["mode"],)]) for p in context.providers(workload)}
+        for provider in context.providers(workload):
+            if red and provider.role == "ours":
+                answers[provider.name] = {"status": "wrong", "note": f"tests failed: {red}"}
+        turns: dict[str, list[Answer]] = {}
+        try:
+            with inputs_of(case, context.model, context.data) as (model, data):
+                take_turns(case, context, answers, turns, model, data)
+        finally:  # an interrupt keeps the rounds that are complete
+            context.keep(as_rows(workload, case, context, answers, turns))
+
+
+def device_name(device: str) -> str:
+    if device == "cpu":
+        return processor()
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def take_turns(
+    case: Case, context: Context, answers: dict[str, Answer], turns: dict[str, list[Answer]], model: str, data: str
+) -> None:
+    """Fills in what trainers answer: for each that runs, its references of every step, then its steps."""
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        settings = {name: settings_of(name, case, context, model, data) for name in answers}
+
+        def load(name: str) -> None:
+            worker, folder = trainer[name]
+            answers[name] |= told(worker.ask({**settings[name], "folder": folder}))
+            if answers[name]["status"] == "ok":
+                workers[name] = worker
+
+        trainer = {
+            name: stack.enter_context(trainer_process(context))
+            for name, answer in answers.items()
+            if answer["status"] == "ok"
+        }
+        with ThreadPoolExecutor(at_once(context)) as threads:
+            list(threads.map(load, trainer))
+        workers = {name: workers[name] for name in trainer if name in workers}
+        turns |= {name: [] for name in workers}
+        steps = max((settings[name]["steps"] for name in workers), default=0)
+        for _ in range(2 * steps):
+            for name in list(workers):
+                if context.left() < RESERVE_SECONDS / 2:
+                    return
+                turn = told(workers[name].ask({}))
+                if turn["status"] == "ok":
+                    turns[name].append(turn)
+                else:
+                    answers[name] |= turn
+                    del turns[name], workers[name]
+
+
+def as_rows(
+    workload: Workload, case: Case, context: Context, answers: dict[str, Answer], turns: dict[str, list[Answer]]
+) -> list[Row]:
+    steps = 1 + min(case["rounds"], context.rounds)
+    done = {name: len(own) - steps for name, own in turns.items()}  # steps of each, the warm-up among them
+    parts: dict[str, dict[str, tuple[float, ...]]] = {}
+    for name, own in turns.items():
+        rounds = range(1, max(done[name], 0))
+        parts[name] = {
+            "reference_seconds": tuple(own[k]["seconds"] for k in rounds),
+            "training_seconds": tuple(own[steps + k]["seconds"] for k in rounds),
+            "seconds": tuple(own[k]["seconds"] + own[steps + k]["seconds"] for k in rounds),
+        }
+    seconds = {name: list(own["seconds"]) for name, own in parts.items() if own["seconds"]}
+    rows: list[Row] = []
+    for provider in context.providers(workload):
+        answer, base = answers[provider.name], row_of(workload, provider, case, context)
+        if provider.name not in seconds:
+            status = NOT_RUN["status"] if answer["status"] == "ok" else answer["status"]
+            note = answer.get("note", "") or NOT_RUN["note"]
+            rows.append(replace(base, metric="seconds", unit="s", status=status, note=note))
+        else:
+            rows.append(replace(base, metric="seconds", unit="s", values=tuple(seconds[provider.name])))
+            rows += ratio_rows(base, workload, seconds)
+            own = parts[provider.name]
+            rows += [
+                replace(base, metric=m, unit="s", values=own[m]) for m in ("reference_seconds", "training_seconds")
+            ]
+            last = turns[provider.name][-1]
+            for metric, unit in (("peak_bytes", "B"), ("extra_bytes", "B"), ("tokens", "1")):
+                if last.get(metric) is not None:
+                    rows.append(replace(base, metric=metric, unit=unit, values=(float(last[metric]),)))
+            if "loss" in last:
+                losses = tuple(turn["loss"] for turn in turns[provider.name][steps:])
+                rows.append(replace(base, metric="value", unit="1", values=losses, note="loss of each step"))
+        for name, error in answer.get("errors", {}).items():
+            rows.append(replace(base, metric=name, unit="1", values=(error,), note="relative, to float64"))
+    return rows
