@@ -103,7 +103,10 @@ def memory(a: Iterable[Row], b: Iterable[Row]) -> list[str]:
 
 
 def compare(folder_a: Path, folder_b: Path, show_all: bool = False) -> bool:
-    """Prints where they differ; False where B is slower or larger, of ours. Raises SystemExit where nothing is common."""
+    """Prints where they differ; False where ours is slower or larger in B.
+
+    Raises SystemExit where nothing was measured in both.
+    """
     a, b = read(folder_a), read(folder_b)
     cases, pooled = ratios(a, b)
     if not cases:

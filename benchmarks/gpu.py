@@ -1,8 +1,8 @@
-"""`python -m benchmarks gpu`: everything that needs a GPU, within a time limit, and what there is so far when stopped.
+"""`python -m benchmarks gpu`: all that needs a GPU, within a time limit, and what there is so far when stopped.
 
-First the tests marked gpu, then the suites head, attention and step at their quick size, then the report. Each suite has
-a share of the time that is left, so that a slow one leaves some to the next. `--dry` walks through the same on a CPU:
-tiny cases, Triton's kernels in its interpreter.
+First the tests marked gpu, then the suites head, attention and step at their quick size, then the report. Each suite
+has a share of the time that is left, so that a slow one leaves some to the next. `--dry` walks through the same on a
+CPU: tiny cases, Triton's kernels in its interpreter.
 """
 
 from __future__ import annotations

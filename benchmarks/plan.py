@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import PeakMemory, environment, worker_environment
+from benchmarks.environment import environment
+from benchmarks.measure import PeakMemory, worker_environment
 
 WORDS = """
 each of the apples in box number row twice half more than that left over price total cost per week day hour then adds

@@ -1,6 +1,7 @@
 """Plots, from rows alone: SVG and PNG, axes logarithmic where costs grow, every line named at its end.
 
-Colours are those of Okabe and Ito, which the colour-blind can tell apart; ours are blue and wide, floors grey and dotted.
+Colours are those of Okabe and Ito, which the colour-blind can tell apart; ours are blue and wide, floors grey and
+dotted.
 """
 
 from __future__ import annotations

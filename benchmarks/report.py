@@ -8,11 +8,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from benchmarks.plots import UNTOLD, plot_all, slug
 from benchmarks.registry import workloads
 from benchmarks.rows import Row, read
 
+INTRODUCTION = """Written by `python -m benchmarks`; `benchmarks/README.md` says how it measures and how to read this.
+Times are medians over rounds that went over all providers in turn, 20th and 80th percentile in brackets; ratios are
+taken round by round. Below 1 is faster, or smaller, than what it is held against."""
 OURS = "ours"  # the provider that is what users get; the other ones of ours are told apart from it
 
 
@@ -24,12 +28,11 @@ def write_report(folder: Path) -> Path:
     told = json.loads(environment.read_text()) if environment.exists() else {}
     parts = [
         f"# {told.get('device') or rows[0].device}",
-        "Written by `python -m benchmarks`; `benchmarks/README.md` says how it measures and how to read this. Times are "
-        "medians over rounds that went over all providers in turn, 20th and 80th percentile in brackets; ratios are "
-        "taken round by round. Below 1 is faster, or smaller, than what it is held against.",
+        INTRODUCTION,
         *in_short(rows),
         *losses(rows),
         *absent(rows),
+        *tests_on_the_device(folder),
         *(part for name, own in by_workload(rows).items() for part in section(name, own, plots)),
         *machine(told, rows),
     ]
@@ -90,11 +93,11 @@ def memory_ratios(rows: Sequence[Row]) -> list[float]:
 
 def losses(rows: Sequence[Row]) -> list[str]:
     """Where a peer is faster than `ours` in most rounds."""
+    slower = [r for r in rows if r.provider == OURS and r.metric == "of_best_peer" and r.median > 1]
     lines = [
-        (row.workload, row.mode, f"{row.x_name} {row.x:,.0f}, {configuration(row)}", row.note.removeprefix("of "), ratio(row))
-        for row in rows
-        if row.provider == OURS and row.metric == "of_best_peer" and row.median > 1
-    ]  # fmt: skip
+        (r.workload, r.mode, f"{r.x_name} {r.x:,.0f}, {configuration(r)}", r.note.removeprefix("of "), ratio(r))
+        for r in slower
+    ]
     if not lines:
         return ["## Where ours loses", "In no case of this run was a peer faster than `ours` by the median."]
     headings = ("workload", "mode", "case", "faster peer", "time of that peer's")
@@ -112,6 +115,16 @@ def absent(rows: Sequence[Row]) -> list[str]:
         for (provider, status, note), names in why.items()
     ]
     return ["## Who has no figures", table(("provider", "status", "why", "cases"), lines)] if lines else []
+
+
+def tests_on_the_device(folder: Path) -> list[str]:
+    """What the tests marked gpu said, where `gpu` ran them."""
+    path = folder / "gpu-tests.json"
+    if not path.exists():
+        return []
+    told = json.loads(path.read_text())
+    failed = [f"- failed: `{name}`" for name in told["failed"]]
+    return ["## Tests marked gpu", f"{told['summary']} ({told['seconds']:.0f} s).", *failed]
 
 
 def configuration(row: Row) -> str:
@@ -168,10 +181,10 @@ def figures(rows: Sequence[Row]) -> str:
     return table((*headings, *(m.replace("_", " ") for m in counted)), lines)
 
 
-def machine(told: dict[str, object], rows: Sequence[Row]) -> list[str]:
-    lines = [
-        f"- {key.replace('_', ' ')}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}"
-        for key, value in told.items()
-    ]
+def machine(told: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for key, value in told.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        lines.append(f"- {key.replace('_', ' ')}: {', '.join(value) if isinstance(value, list) else shown}")
     commits = ", ".join(sorted({row.commit for row in rows}))
     return ["## Machine and versions", "\n".join([*lines, f"- commits of the rows: {commits}"])]

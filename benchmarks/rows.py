@@ -24,7 +24,8 @@ class Row:
     x_name, x:         what varies over the workload, and its value here
     values:            the metric in each round, rounds of all providers interleaved; empty where `status` is not ok
     configuration:     everything else about the case
-    status, note:      "ok"; or why there is no figure: absent, refused, wrong, failed, timed out, out of memory, not run
+    status, note:      "ok"; or why there is no figure: absent, refused, wrong, failed, timed out, out of memory,
+                       not run
     device, versions, commit
     """
 

@@ -8,6 +8,7 @@ summed over copies, are the same for all layouts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ class Forest:
         """The node of each packed token: tokens are one where all tokens on the way to them are."""
         found = [0] * batch.num_tokens
         tokens, keys, ends = batch.input_ids.tolist(), batch.plan.keys.index.tolist(), batch.plan.cu_k.tolist()
-        for begin, end in zip(ends[:-1], ends[1:], strict=True):
+        for begin, end in pairwise(ends):
             node = -1
             for place in keys[begin:end]:
                 node = found[place] = self._trie.setdefault((node, tokens[place]), len(self._trie))

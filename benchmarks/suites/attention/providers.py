@@ -142,8 +142,8 @@ def dense_sdpa(forest: Forest) -> Work:
     mask = dense_mask(layout.plan).to(forest.query.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        turned = [x.transpose(0, 1)[None] for x in (q, k, v)]
-        output = F.scaled_dot_product_attention(*turned, attn_mask=mask, scale=forest.scale, enable_gqa=True)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=forest.scale, enable_gqa=True)
         return output[0].transpose(0, 1)
 
     return in_a_line(forest, layout, attend)
@@ -158,7 +158,7 @@ def flex_shared_prefix(forest: Forest) -> Work:
     def sees(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (pair[q] == pair[k]) & (q >= k) & ~(second[q] & first[k])
 
-    size = forest.tokens if layout.index.numel() == forest.tokens else layout.index.numel()
+    size = layout.index.numel()
     mask = create_block_mask(sees, None, None, size, size, device=forest.query.device.type)
     flex = _compiled_flex()
 
@@ -199,12 +199,12 @@ def operations(forest: Forest, case: Case) -> int:
 def products(forest: Forest, case: Case) -> Work:
     """One product of as many operations, of operands that a library is at its best with."""
     rows = max(1, round(operations(forest, case) / (2 * FLOOR_SIZE**2)))
-    of = {"dtype": forest.query.dtype, "device": forest.query.device}
+    of: dict[str, Any] = {"dtype": forest.query.dtype, "device": forest.query.device}
     a, b = torch.randn(min(rows, 8 * FLOOR_SIZE), FLOOR_SIZE, **of), torch.randn(FLOOR_SIZE, FLOOR_SIZE, **of)
     whole, rest = divmod(rows, len(a))
 
     def forward(*_: Any) -> list[Tensor]:
-        for _ in range(whole):
+        for _part in range(whole):
             torch.mm(a, b)
         return [torch.mm(a[:rest], b)]
 

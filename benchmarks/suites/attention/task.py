@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.registry import Case
+from benchmarks.suites.attention import HEADS
 from benchmarks.suites.attention.layouts import Forest
-from benchmarks.suites.attention.providers import HEADS, WORKS, Work, operations, products
+from benchmarks.suites.attention.providers import WORKS, Work, operations, products
 
 # A wrong mask or formula is off by tens of percent, rounding in the dtype of the inputs by less than these.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
@@ -51,6 +52,8 @@ class Attention:
         self.work, self.nodes = work, forest.tokens
         self.backward = case["mode"] == "full" and bool(work.upstream)
         self.facts = {"unique_tokens": float(forest.tokens), "operations": float(operations(forest, case))}
+        if not self.backward:
+            work.inputs = [[x.detach() for x in group] for group in work.inputs]
         if work.upstream:
             places = work.index.numel()
             self.facts |= {"tokens": float(places), "of_unique": places / forest.tokens}
@@ -102,5 +105,5 @@ def definition(forest: Forest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             k, v = (x[seen].repeat_interleave(group, dim=1) for x in (key, value))  # (seen, H, size)
             scores = forest.scale * (query[place] * k).sum(dim=2)
             output[place] = (scores.softmax(dim=0)[..., None] * v).sum(dim=0)
-    gradients = torch.autograd.grad(output, (query, key, value), forest.upstream.double())
-    return output.detach(), *gradients
+    d_query, d_key, d_value = torch.autograd.grad(output, (query, key, value), forest.upstream.double())
+    return output.detach(), d_query, d_key, d_value

@@ -42,7 +42,7 @@ PROVIDERS = (
     Provider("torch-linear-ce", "peer", f"F.linear_cross_entropy with its defaults, reduction none, {_ROWS}"),
     Provider(
         *("torch-linear-ce-chunked", "peer"),
-        f"the same with its own backward, {_ROWS}: chunks as it chooses on GPUs, one chunk on CPUs, where its choice is slow",
+        f"the same with its own backward, {_ROWS}: chunks as it chooses; on CPUs, where its choice is slow, one",
     ),
     Provider(
         *("quack", "peer", "chunked_linear_cross_entropy, reduction sum: one gradient for all rows"),
@@ -106,9 +106,7 @@ def _workload(name: str, title: str, x: str, x_label: str, cases: Any) -> Worklo
 
 WORKLOADS = (
     _workload("head-rows", "The head against its rows", "rows", "loss rows R", by_rows),
-    _workload(
-        "head-modes", "The head frozen, without gradients, in float32, after training", "rows", "loss rows R", by_mode
-    ),
+    _workload("head-modes", "The head frozen, without gradients, after training", "rows", "loss rows R", by_mode),
     _workload("head-models", "The heads of known models", "vocab", "vocabulary V", by_head),
     _workload("head-vocabulary", "The head against its vocabulary", "vocab", "vocabulary V", by_vocabulary),
 )

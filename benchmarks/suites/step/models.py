@@ -1,6 +1,6 @@
 """Models by their sizes, with random weights, and step pairs of made-up words: nothing to download.
 
-Time and memory do not depend on what the weights are. Every word is one token, so lengths in words are lengths in tokens.
+Time and memory do not depend on what the weights are. Every word is one token: lengths in words are lengths in tokens.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from stepdpo_kernels.types import StepPair
 BETA = 0.4
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of a whole model's gradient; a wrong formula is off by far more
 UNLIMITED = 10**9
-SMALL = {"model": "tiny", "lengths": "real", "pairs": 6, "max_tokens": 400}
+SMALL = {"model": "tiny", "lengths": "real", "pairs": 6, "max_tokens": 1200}
 
 
 def prepare(case: Case, folder: Path) -> None:
@@ -183,7 +183,7 @@ def longer(pair: StepPair) -> int:
 
 
 class Products:
-    """Forward and backward products of every linear layer over the unique tokens, and of the head over the loss rows."""
+    """Products of every linear layer, forward and backward, over the unique tokens, and of the head over its rows."""
 
     keeps_state = False
     note = ""

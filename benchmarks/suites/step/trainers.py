@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 DEFAULTS: dict[str, Any] = {"sampling": "shuffle", "share": "tree", "sorted": False, "packed": False}
 TOLERANCE = 1e-3  # in float32: of log-probs and the norm of the gradient, as the trainers log them
-VERIFIED = {"dtype": "float32", "pairs_per_step": 8, "max_tokens": 512}
+VERIFIED = {"dtype": "float32", "pairs_per_step": 8, "max_tokens": 2048}
 CHECKED = {"steps": 1, "bf16": False}
 PAIRS = 256  # made-up pairs to draw from, where no data is named
 
@@ -68,7 +68,9 @@ def verify(workload: Workload, cases: list[Case], context: Context) -> dict[tupl
                     strict=True,
                 )
             )
-            for (name, mode), answer in zip(checked, threads.map(lambda key: first(*key, {}), checked), strict=True):
+            for (name, mode), answer in zip(
+                checked, threads.map(lambda key: first(key[0], key[1], {}), checked), strict=True
+            ):
                 definition = true[drawn_by(name), mode]
                 if definition["status"] != "ok":
                     raise SystemExit(f"the float64 definition of a training step failed: {definition['note']}")
@@ -259,9 +261,9 @@ def as_rows(
         else:
             rows.append(replace(base, metric="seconds", unit="s", values=tuple(seconds[provider.name])))
             rows += ratio_rows(base, workload, seconds)
-            own = parts[provider.name]
+            part = parts[provider.name]
             rows += [
-                replace(base, metric=m, unit="s", values=own[m]) for m in ("reference_seconds", "training_seconds")
+                replace(base, metric=m, unit="s", values=part[m]) for m in ("reference_seconds", "training_seconds")
             ]
             last = turns[provider.name][-1]
             for metric, unit in (("peak_bytes", "B"), ("extra_bytes", "B"), ("tokens", "1")):
