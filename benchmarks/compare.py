@@ -113,8 +113,8 @@ def compare(folder_a: Path, folder_b: Path, show_all: bool = False) -> bool:
         raise SystemExit(f"{folder_a} and {folder_b} have no case in common that was measured in two rounds or more")
     console = Console(width=160)
     for name in ("device", "commit"):
-        found = [" and ".join(sorted({getattr(row, name) for row in rows})) for rows in (a, b)]
-        console.print(f"{name}: {found[0]}" if found[0] == found[1] else f"{name}: A {found[0]}, B {found[1]}")
+        of_a, of_b = (" and ".join(sorted({getattr(row, name) for row in rows})) for rows in (a, b))
+        console.print(f"{name}: {of_a}" if of_a == of_b else f"{name}: A {of_a}, B {of_b}")
     for title, found in ((f"B / A by workload, {METRIC}", pooled), (f"B / A by case, {METRIC}", cases)):
         table = Table("provider", "of", "B / A", "99% interval", "verdict", title=title, title_justify="left")
         for r in found:

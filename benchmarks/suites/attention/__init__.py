@@ -40,9 +40,9 @@ def case(device: str, heads: str = "", **changes: Any) -> Case:
 
 
 def by_prefix(device: str, size: str) -> list[Case]:
-    shape = {"lengths": "made", "branch": 64, "prefixes": 2, "pairs_per_prefix": 2}
+    shape: Case = {"lengths": "made", "branch": 64, "prefixes": 2, "pairs_per_prefix": 2}
     if size == "tiny":
-        small = shape | {"branch": 8, "dtype": "float32"}
+        small: Case = shape | {"branch": 8, "dtype": "float32"}
         return [case(device, "tiny", prefix=n, **small) for n in (16, 32)]
     prefixes = {
         ("cuda", "quick"): (1024, 8192),
@@ -59,7 +59,7 @@ def by_prefix(device: str, size: str) -> list[Case]:
 def by_branches(device: str, size: str) -> list[Case]:
     if size != "full":
         return []
-    shape = {"lengths": "made", "branch": 64, "prefixes": 1, "prefix": 4096 if device == "cuda" else 1024}
+    shape: Case = {"lengths": "made", "branch": 64, "prefixes": 1, "prefix": 4096 if device == "cuda" else 1024}
     return [case(device, pairs_per_prefix=n, **shape) for n in (1, 2, 4, 8, 16)]
 
 

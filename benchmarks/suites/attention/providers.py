@@ -115,11 +115,10 @@ def unshared_varlen(forest: Forest) -> Work:
     ends, longest = layout.plan.cu_q.to(forest.query.device), max(layout.lengths)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        options: dict[str, Any] = {"scale": forest.scale, "window_size": (-1, 0)}
-        share = q.shape[1] // k.shape[1]
-        if share > 1:
-            options["enable_gqa"] = True
-        return varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+        grouped = {"enable_gqa": True} if q.shape[1] > k.shape[1] else {}
+        output = varlen_attn(q, k, v, ends, ends, longest, longest, scale=forest.scale, window_size=(-1, 0), **grouped)
+        assert isinstance(output, Tensor)  # without auxiliary results
+        return output
 
     return in_a_line(forest, layout, attend)
 

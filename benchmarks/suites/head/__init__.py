@@ -56,7 +56,7 @@ TESTS = ("tests/ops/test_linear_logprob.py",)
 def case(head: str, rows: int, device: str, **changes: Any) -> Case:
     hidden, vocab = SIZE_OF[head]
     usual = {"mode": "full", "dtype": "bfloat16", "inputs": "random", "head": head}
-    return {**usual, "rows": rows, "hidden": hidden, "vocab": vocab, "device": device, **changes}
+    return usual | {"rows": rows, "hidden": hidden, "vocab": vocab, "device": device} | changes
 
 
 def by_rows(device: str, size: str) -> list[Case]:
@@ -92,11 +92,9 @@ def by_head(device: str, size: str) -> list[Case]:
 def by_vocabulary(device: str, size: str) -> list[Case]:
     if size != "full":
         return []
-    hidden, rows = (4096, 4096) if device == "cuda" else (896, 512)
-    return [
-        case("Qwen2-0.5B", rows, device, head="any", hidden=hidden, vocab=vocab)
-        for vocab in (32_768, 65_536, 131_072, 262_144)
-    ]
+    head, rows = ("Llama-3-8B", 4096) if device == "cuda" else ("Qwen2-0.5B", 512)
+    vocabularies = (32_768, 65_536, 131_072, 262_144)
+    return [case(head, rows, device, vocab=vocab) for vocab in vocabularies]
 
 
 def _workload(name: str, title: str, x: str, x_label: str, cases: Any) -> Workload:

@@ -57,24 +57,17 @@ def verify(workload: Workload, cases: list[Case], context: Context) -> dict[tupl
             settings = settings_of(name, {**VERIFIED, "mode": mode}, context, model, data)
             return first_step({**settings, **CHECKED, **changes}, context)
 
+        def define(key: tuple[str, str]) -> Answer:
+            return first(definitions[key], key[1], {"trainer": "oracle"})
+
         with ThreadPoolExecutor(at_once(context)) as threads:
-            true = dict(
-                zip(
-                    definitions,
-                    threads.map(
-                        lambda key: first(definitions[key], key[1], {"trainer": "oracle"}),
-                        definitions,
-                    ),
-                    strict=True,
-                )
-            )
-            for (name, mode), answer in zip(
-                checked, threads.map(lambda key: first(key[0], key[1], {}), checked), strict=True
-            ):
-                definition = true[drawn_by(name), mode]
-                if definition["status"] != "ok":
-                    raise SystemExit(f"the float64 definition of a training step failed: {definition['note']}")
-                found[name, (mode,)] = judged(answer, definition, mode) if answer["status"] == "ok" else answer
+            true = dict(zip(definitions, threads.map(define, definitions), strict=True))
+            answers = list(threads.map(lambda kind: first(*kind, {}), checked))
+    for (name, mode), answer in zip(checked, answers, strict=True):
+        definition = true[drawn_by(name), mode]
+        if definition["status"] != "ok":
+            raise SystemExit(f"the float64 definition of a training step failed: {definition['note']}")
+        found[name, (mode,)] = judged(answer, definition, mode) if answer["status"] == "ok" else answer
     return found
 
 
