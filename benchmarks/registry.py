@@ -80,6 +80,7 @@ class Workload:
     kinds:      keys of a case on which being right may depend: errors are measured once for each combination
     tests:      pytest's names of tests that must be green; where they are not, ours has no figures
     runner:     the module whose `measure` and `verify` take the workload
+    dry:        providers of a dry run, which walks through what a GPU would run: the floor, ours, a peer
     """
 
     name: str
@@ -93,6 +94,7 @@ class Workload:
     kinds: tuple[str, ...] = ("dtype", "mode")
     tests: tuple[str, ...] = ()
     runner: str = "benchmarks.runner"
+    dry: tuple[str, ...] = ()
 
 
 def task_module(suite: str) -> Any:

@@ -60,11 +60,9 @@ class Context:
         return self.deadline - time.monotonic()
 
     def providers(self, workload: Workload) -> list[Provider]:
-        return [
-            p
-            for p in workload.providers
-            if (self.device in p.devices or self.dry) and (not self.only or p.name in self.only)
-        ]
+        if self.dry:
+            return [p for p in workload.providers if p.name in workload.dry]
+        return [p for p in workload.providers if self.device in p.devices and (not self.only or p.name in self.only)]
 
 
 def measure(workload: Workload, cases: list[Case], context: Context, red: str = "") -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -113,10 +114,11 @@ def unshared_varlen(forest: Forest) -> Work:
 
     layout = forest.layout("none")
     ends, longest = layout.plan.cu_q.to(forest.query.device), max(layout.lengths)
+    # Newer versions of torch want to be told of grouped heads, older ones take them as they are.
+    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        grouped = {"enable_gqa": True} if q.shape[1] > k.shape[1] else {}
-        output = varlen_attn(q, k, v, ends, ends, longest, longest, scale=forest.scale, window_size=(-1, 0), **grouped)
+        output = varlen_attn(q, k, v, ends, ends, longest, longest, scale=forest.scale, window_size=(-1, 0), **options)
         assert isinstance(output, Tensor)  # without auxiliary results
         return output
 

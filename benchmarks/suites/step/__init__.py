@@ -44,7 +44,7 @@ def tiny(device: str, **changes: Any) -> Case:
 
 def by_pairs(device: str, size: str) -> list[Case]:
     if size == "tiny":
-        return [tiny(device, lengths="real", pairs=n) for n in (4, 8)]
+        return [tiny(device, lengths="real", pairs=4)]
     if device == "cuda":
         pairs = {"quick": (128,), "full": (16, 64, 256, 1024)}[size]
         found = [case(device, "Qwen2-1.5B", lengths="real", pairs=n, max_tokens=16_384) for n in pairs]
@@ -97,13 +97,15 @@ def training_lora(device: str, size: str) -> list[Case]:
 
 
 def _model(name: str, title: str, x: str, x_label: str, cases: Any) -> Workload:
-    return Workload(name, "step", "forward_backward", title, x, x_label, cases, MODEL_PROVIDERS, tests=TESTS)
+    dry = ("products", "ours", "padded-rows")
+    return Workload(name, "step", "forward_backward", title, x, x_label, cases, MODEL_PROVIDERS, tests=TESTS, dry=dry)
 
 
 def _training(name: str, title: str, cases: Any) -> Workload:
     return Workload(
         *(name, "step", "training_step", title, "pairs_per_step", "pairs of an optimiser step"),
         *(cases, TRAINING_PROVIDERS, ("mode",), TESTS, "benchmarks.suites.step.trainers"),
+        dry=("products", "ours", "trl"),
     )
 
 

@@ -62,7 +62,7 @@ def verify(workload: Workload, cases: list[Case], context: Context) -> dict[tupl
 
         with ThreadPoolExecutor(at_once(context)) as threads:
             true = dict(zip(definitions, threads.map(define, definitions), strict=True))
-            answers = list(threads.map(lambda kind: first(*kind, {}), checked))
+            answers = list(threads.map(lambda kind: first(kind[0], kind[1], {}), checked))
     for (name, mode), answer in zip(checked, answers, strict=True):
         definition = true[drawn_by(name), mode]
         if definition["status"] != "ok":
