@@ -69,6 +69,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hot paths are timed where that is asked for (`make bench`), and run once otherwise."""
+    if hasattr(config.option, "benchmark_disable") and not config.option.benchmark_enable:
+        config.option.benchmark_disable = True
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The worker of the head suite with providers that go wrong in every way."""
+"""The benchmarks' worker, with providers of the head suite that go wrong in every way."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.head_providers import PROVIDERS, Problem, Provider, eager
-from benchmarks.head_worker import main
+from benchmarks.suites.head.providers import WAYS, Problem, Way, eager
+from benchmarks.worker import main
 
 
 def wrong_gradient(problem: Problem) -> Tensor:
@@ -33,11 +33,16 @@ def without_memory_when_large(problem: Problem) -> Tensor:
     return eager(problem)
 
 
+def refuses(problem: Problem) -> Tensor:
+    raise NotImplementedError("no CPU")
+
+
 if __name__ == "__main__":
-    PROVIDERS |= {
-        "eager": Provider(wrong_gradient),
-        "trl-selective": Provider(absent),
-        "trl-chunked": Provider(dies_when_large),
-        "liger-dpo": Provider(without_memory_when_large),
+    WAYS |= {
+        "eager": Way(wrong_gradient),
+        "trl-selective": Way(absent),
+        "trl-chunked": Way(dies_when_large),
+        "liger-dpo": Way(without_memory_when_large),
+        "torch-linear-ce": Way(refuses),
     }
     main()

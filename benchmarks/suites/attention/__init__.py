@@ -60,7 +60,7 @@ def by_branches(device: str, size: str) -> list[Case]:
     if size != "full":
         return []
     shape: Case = {"lengths": "made", "branch": 64, "prefixes": 1, "prefix": 4096 if device == "cuda" else 1024}
-    return [case(device, pairs_per_prefix=n, **shape) for n in (1, 2, 4, 8, 16)]
+    return [case(device, pairs_per_prefix=n, **shape) for n in (1, 4, 16)]
 
 
 def by_pairs(device: str, size: str) -> list[Case]:

@@ -74,7 +74,7 @@ def by_branches(device: str, size: str) -> list[Case]:
         return []
     model = "Qwen2-1.5B" if device == "cuda" else "llama-21M"
     shape = {"lengths": "made", "branch": 64, "prefix": 512, "pairs": 16}
-    return [case(device, model, pairs_per_prefix=n, **shape) for n in (1, 2, 4, 8, 16)]
+    return [case(device, model, pairs_per_prefix=n, **shape) for n in (1, 4, 16)]
 
 
 def training(device: str, size: str) -> list[Case]:
@@ -84,7 +84,7 @@ def training(device: str, size: str) -> list[Case]:
         return [case(device, "Qwen2-1.5B", pairs_per_step=128, max_tokens=16_384, rounds=3 if size == "quick" else 5)]
     if size == "quick":
         return [case(device, "llama-21M", pairs_per_step=16, max_tokens=2048, rounds=3)]
-    return [case(device, "SmolLM2-135M", pairs_per_step=16, max_tokens=2048, rounds=5)]
+    return [case(device, "SmolLM2-135M", pairs_per_step=16, max_tokens=2048, rounds=3)]
 
 
 def training_lora(device: str, size: str) -> list[Case]:
@@ -93,7 +93,7 @@ def training_lora(device: str, size: str) -> list[Case]:
     if device == "cuda":
         of = {"mode": "lora", "checkpointing": True, "pairs_per_step": 128, "max_tokens": 16_384, "rounds": 3}
         return [case(device, "Qwen2-7B", **of)]
-    return [case(device, "SmolLM2-135M", mode="lora", pairs_per_step=16, max_tokens=2048, rounds=3)]
+    return [case(device, "SmolLM2-135M", mode="lora", pairs_per_step=16, max_tokens=2048, rounds=2)]
 
 
 def _model(name: str, title: str, x: str, x_label: str, cases: Any) -> Workload:
