@@ -41,6 +41,7 @@ class Context:
     only:       names of providers; all where empty
     dry:        Triton's kernels in its interpreter, to walk through what a GPU would run
     model, data: real weights and pairs for training steps, where they are named
+    verified:   what was found so far by (suite, provider, kind)
     """
 
     device: str
@@ -54,6 +55,7 @@ class Context:
     model: str = ""
     data: str = ""
     device_name: str = ""
+    verified: dict[tuple[Any, ...], Answer] = field(default_factory=dict)
     commit: str = field(default_factory=commit)
 
     def left(self) -> float:
@@ -104,18 +106,19 @@ def verify(
 ) -> dict[tuple[str, tuple[Any, ...]], Answer]:
     """Every provider's errors for each kind of case, or why there are none. Several at once: nothing is timed."""
     kinds = {kind_of(workload, case): case for case in cases}
+    providers = context.providers(workload)
+    of = {(p.name, kind): (workload.suite, p.name, workload.kinds, kind) for p in providers for kind in kinds}
 
-    def errors_of(provider: Provider) -> dict[tuple[str, tuple[Any, ...]], Answer]:
-        found = {}
+    def verify_provider(provider: Provider) -> None:
         for kind, case in kinds.items():
-            message = {"do": "verify", "provider": provider.name, "case": case}
-            found[provider.name, kind] = pool.ask(provider.name, message)
+            if of[provider.name, kind] not in context.verified:
+                message = {"do": "verify", "provider": provider.name, "case": case}
+                context.verified[of[provider.name, kind]] = pool.ask(provider.name, message)
         pool.release(provider.name)
-        return found
 
     with ThreadPoolExecutor(at_once(context)) as threads:
-        parts = list(threads.map(errors_of, context.providers(workload)))
-    return {key: answer for part in parts for key, answer in part.items()}
+        list(threads.map(verify_provider, providers))
+    return {key: context.verified[known] for key, known in of.items()}
 
 
 def at_once(context: Context) -> int:

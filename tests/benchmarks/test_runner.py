@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -200,3 +201,24 @@ def test_the_registry_is_whole() -> None:
                     assert {"mode", "device", workload.x, *workload.kinds} <= set(case)
                     json.dumps(case)
     assert set(session.ROUNDS) == set(SIZES)
+
+
+def documented() -> list[str]:
+    """Commands of this package in the documents."""
+    found = set()
+    for name in ("benchmarks/README.md", "README.md", "CONTRIBUTING.md"):
+        found |= set(re.findall(r"^    (python -m benchmarks [^#\n]*)", (ROOT / name).read_text(), re.MULTILINE))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("line", documented())
+def test_documented_commands_are_understood(line: str) -> None:
+    words = line.split()
+    assert words[:3] == ["python", "-m", "benchmarks"]
+    options = command.parser().parse_args(words[3:])
+    assert callable(options.command)
+    session.chosen(getattr(options, "suite", "all"), getattr(options, "workloads", None))
+
+
+def test_commands_are_documented() -> None:
+    assert len(documented()) >= 4

@@ -38,7 +38,7 @@ def cases(of: str) -> Callable[[str, str], list[Case]]:
 
 
 def _workload(name: str, kernel: str, title: str, providers: Any, of: str, test: str) -> Workload:
-    return Workload(name, "data", kernel, title, "pairs", "pairs", cases(of), providers, ("mode",), (test,))
+    return Workload(name, "data", kernel, title, "pairs", "pairs", cases(of), providers, ("of",), (test,))
 
 
 WORKLOADS = (
