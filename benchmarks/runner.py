@@ -309,7 +309,8 @@ def once(answer: Answer) -> Iterator[tuple[str, str, float]]:
 
 
 def row_of(workload: Workload, provider: Provider, case: Case, context: Context) -> Row:
-    configuration = {k: v for k, v in case.items() if k not in ("mode", workload.x)}
+    told_otherwise = ("mode", "device", "rounds", "alone", workload.x)
+    configuration = {k: v for k, v in case.items() if k not in told_otherwise}
     return Row(
         workload=workload.name,
         kernel=provider.kernel or workload.kernel,
