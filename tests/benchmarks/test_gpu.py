@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, rows
+from benchmarks import gpu, rows, tune
 from benchmarks.registry import Case, workloads
 from benchmarks.runner import Context
 from benchmarks.suites.step import tiny, trainers
@@ -87,3 +87,47 @@ def test_trainers_one_after_another(mode: str) -> None:
         "error_logps_rejected",
         *(("error_grad_norm",) if mode == "full" else ()),
     }
+
+
+@pytest.mark.parametrize("name", list(tune.KERNELS))
+def test_candidates_are_tried_and_taken_away_again(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In Triton's interpreter, whose tables are those of its own, so that attention's candidates need a GPU."""
+    if name.startswith("attention"):
+        with pytest.raises(KeyError):
+            tune.KERNELS[name]("cpu", "float32").current()
+        return
+    pytest.importorskip("triton")
+    before = tune.KERNELS[name]("cpu", "float32").current()
+    tune.tune(name, "cpu", "float32", rounds=1, limit=2, left=lambda: 100.0)
+    assert tune.KERNELS[name]("cpu", "float32").current() == before
+    told = capsys.readouterr().out
+    assert "of the one in use" in told
+    assert told.count("float32") == 1
+    assert "1.000" in told
+
+
+def test_a_candidate_that_is_wrong_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    used: list[int] = []
+
+    def kernel(device: str, dtype: str) -> tune.Kernel:
+        from benchmarks.suites.head.providers import WAYS, Way
+        from tests.benchmarks.faulty_worker import wrong_gradient
+
+        right = WAYS["eager"]
+
+        def put(config: int) -> None:
+            used[:] = [config]
+            monkeypatch.setitem(WAYS, "ours", Way(wrong_gradient) if config == 2 else right)
+
+        return tune.Kernel("head", "ours", {}, lambda: used[0], put, lambda: [1, 2, 3])
+
+    used[:] = [1]
+    monkeypatch.setitem(tune.KERNELS, "faulty", kernel)
+    tune.tune("faulty", "cpu", "float32", rounds=1, limit=None, left=lambda: 100.0)
+    told = capsys.readouterr().out
+    assert "wrong" in told
+    assert used == [1]
+    assert len([line for line in told.splitlines() if line.startswith("│ 2")]) == 1
