@@ -66,7 +66,7 @@ def by_rows(device: str, size: str) -> list[Case]:
         rows = {"quick": (1024, 4096, 16_384), "full": (128, 512, 1024, 2048, 4096, 8192, 16_384)}[size]
         heads = {"quick": ("Qwen2-7B",), "full": ("Qwen2-7B", "Llama-3-8B")}[size]
         return [case(head, r, device) for head in heads for r in rows]
-    rows = {"quick": (128, 1024), "full": (128, 512, 2048)}[size]
+    rows = {"quick": (512,), "full": (128, 512, 2048)}[size]
     return [case("SmolLM2-135M", r, device) for r in rows]
 
 
