@@ -19,7 +19,7 @@ MODEL_PROVIDERS = (
 TRAINING_PROVIDERS = (
     Provider("products", "floor", "matrix products over the step's tokens held once: reference, forward, backward"),
     Provider("ours", "ours", "StepDPOTrainer, pairs drawn at random"),
-    Provider("ours-grouped", "ours", "the same, pairs drawn problem by problem, so that more is shared"),
+    Provider("ours-grouped", "ours", "the same, pairs drawn problem by problem: fewer tokens than the floor has"),
     Provider("ours-pair", "ours", "the same as ours, prefixes shared within pairs alone"),
     Provider("ours-none", "ours", "the same as ours, nothing shared"),
     Provider(
@@ -85,7 +85,7 @@ def training(device: str, size: str) -> list[Case]:
     if device == "cuda":
         return [case(device, "Qwen2-1.5B", pairs_per_step=128, max_tokens=16_384, rounds=5, alone=True)]
     if size == "quick":
-        return [case(device, "llama-21M", pairs_per_step=16, max_tokens=2048, rounds=3)]
+        return [case(device, "llama-21M", pairs_per_step=8, max_tokens=2048, rounds=3)]
     return [case(device, "SmolLM2-135M", pairs_per_step=16, max_tokens=2048, rounds=3)]
 
 
