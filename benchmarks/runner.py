@@ -94,7 +94,7 @@ def measure(workload: Workload, cases: list[Case], context: Context, red: str = 
             took = time.monotonic() - began
 
 
-NOT_RUN = {"status": "not run", "note": "out of the time that the run was given"}
+NOT_RUN = {"status": "not run", "note": "the run ended before its turn"}
 
 
 def kind_of(workload: Workload, case: Case) -> tuple[Any, ...]:
