@@ -14,9 +14,10 @@ import re
 from collections import deque
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # and what is escaped, which is no brace
 PHRASE = re.compile(r"\banswers?(?:\*\*)?(?: is| are|:| to [^.\n]{1,200} is)(?:\*\*)?:?", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
-NUMBER = re.compile(r"-?\$?(?:\d[\d,]*\d|\d)(?:\.\d+)?(?:/\d+)?%?|-?\.\d+%?")
+NUMBER = re.compile(r"[-\u2212]?\$?(?:(?:\d[\d,]*\d|\d)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+|/\d+)?%?")
 STEP = re.compile(r"\bstep\s+\d+\s*:", re.IGNORECASE)
 LAST = 4000  # characters of the end in which the last number is looked for
 TOKEN = re.compile(r"[^\s$,;.]{1,50}")
@@ -41,12 +42,10 @@ def _boxed(text: str) -> str | None:
         token = TOKEN.match(text, at)
         return token[0] if token else None
     depth = 0
-    for i in range(at, len(text)):
-        if text[i] == "\\" or (i and text[i - 1] == "\\" and text[i] in "{}"):
-            continue
-        depth += (text[i] == "{") - (text[i] == "}")
+    for brace in BRACE.finditer(text, at):
+        depth += (brace[0] == "{") - (brace[0] == "}")
         if not depth:
-            return text[at + 1 : i]
+            return text[at + 1 : brace.start()]
     return None
 
 

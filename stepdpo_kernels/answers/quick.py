@@ -20,7 +20,13 @@ _REPLACED = {
     "^{\\circ}": "°", "^\\circ": "°", "\\degree": "°", "\\cdotp": "\\cdot", "{,}": ",", "\\displaystyle": "",
     "\\lbrace": "\\{", "\\rbrace": "\\}", "×": "\\times ", "÷": "/", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt ",
 }  # fmt: skip
-_REPLACE = re.compile("|".join(re.escape(text) for text in sorted(_REPLACED, key=len, reverse=True)) + "(?![a-z])")
+_COMMAND_END = "(?![a-zA-Z])"  # \\left, and not the beginning of \\leftarrow
+_REPLACE = re.compile(
+    "|".join(
+        re.escape(text) + (_COMMAND_END if re.fullmatch(r"\\[a-z]+", text) else "")
+        for text in sorted(_REPLACED, key=len, reverse=True)
+    )
+)
 
 _THOUSANDS = re.compile(r"(?<=\d)\\,(?=\d{3})")
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
