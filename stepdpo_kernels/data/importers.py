@@ -23,9 +23,8 @@ from itertools import islice, product
 from os import PathLike
 from typing import Any, NamedTuple
 
-from stepdpo_kernels.data.pipeline.stage import Chunk, StageReport, run_stage
+from stepdpo_kernels.data.pipeline.stage import Chunk, StageReport, run_stage, stage_input
 from stepdpo_kernels.data.records import RawRecord, check_record, shorten
-from stepdpo_kernels.data.sources import open_source
 from stepdpo_kernels.data.steps import StepFormat
 from stepdpo_kernels.types import StepDPOError
 
@@ -74,7 +73,7 @@ def import_pairs(
         raise StepDPOError(f"max_pairs must be at least 1, got {max_pairs!r}")
     cut = steps or StepFormat()
 
-    def work(rows: list[_Row], number: int) -> Chunk:
+    def work(rows: list[_Row]) -> Chunk:
         records, counts = [], Counter[str]()
         for row in rows:
             made = FORMATS[format](row, cut, max_pairs)
@@ -86,7 +85,7 @@ def import_pairs(
 
     return run_stage(
         "import",
-        islice(open_source(source, split, columns=None, keep_bad=True).records, limit),
+        stage_input(source, output, split, limit),
         output,
         settings={"format": format, "steps": asdict(cut), "max_pairs": max_pairs, "limit": limit},
         parse=lambda raw: _parse(raw, format),
