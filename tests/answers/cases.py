@@ -87,7 +87,7 @@ DIFFERENT = [
     (r"\begin{pmatrix}1&0\\0&1\end{pmatrix}", "1"),
     # expressions
     (r"\sqrt{8}", r"\sqrt{2}"), ("x^2+2x", "x^2-2x"), ("2x+1", "2x"), ("3+4i", "3-4i"), (r"\log_2 8", "2"),
-    (r"\sqrt2", "2"), (r"\leftarrow", r"\rightarrow"),
+    (r"\sqrt2", "2"), ("5", "5 and a half"), (r"\leftarrow", r"\rightarrow"),
     (r"\infty", r"-\infty"), (r"\frac{x}{2}", r"\frac{2}{x}"), (r"6\pi", "6"), ("x", "y"), (r"\sin x", r"\cos x"),
     # words and choices
     ("A", "B"), ("A", "(B)"), ("C", "(D) 22"), ("A", "22"), (r"\text{east}", "seat"), (r"\text{east}", "west"),
