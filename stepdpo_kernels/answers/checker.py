@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from stepdpo_kernels.answers.compare import compare
@@ -89,8 +90,7 @@ class AnswerChecker:
         if self._pid != os.getpid():  # after a fork the pipes belong to the parent
             self._workers, self._pid = [None] * len(self._workers), os.getpid()
         verdicts: dict[tuple[str, str], Verdict] = {}
-        busy: dict[int, tuple[_Worker, tuple[str, str]]] = {}
-        with selectors.DefaultSelector() as selector:
+        with self._busy() as busy, selectors.DefaultSelector() as selector:
             while pairs or busy:
                 for number in range(len(self._workers)):
                     if pairs and number not in busy:
@@ -112,6 +112,17 @@ class AnswerChecker:
                         self._workers[number] = None
                     verdicts[pair] = verdict
         return verdicts
+
+    @contextmanager
+    def _busy(self) -> Iterator[dict[int, tuple[_Worker, tuple[str, str]]]]:
+        """Workers and what they compare. Whoever is left in it was interrupted, and would answer the next question."""
+        busy: dict[int, tuple[_Worker, tuple[str, str]]] = {}
+        try:
+            yield busy
+        finally:
+            for number, (worker, _) in busy.items():
+                worker.end()
+                self._workers[number] = None
 
     def _worker(self, number: int) -> _Worker:
         worker = self._workers[number]

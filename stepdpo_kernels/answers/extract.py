@@ -3,8 +3,8 @@ r"""The final answer of a solution.
 In this order, each by its last occurrence:
 
     1. what is in \boxed{...} or \fbox{...}, braces nested ("\boxed 5" is the next token)
-    2. what follows "####", to the end of the line
-    3. what follows "answer is" or "answer:", to the end of the sentence or line
+    2. what follows "####", to the end of the line, unless that is a heading
+    3. what follows "answer is" or "answer:", to the end of the sentence, line or displayed formula
     4. the last number, other than that of a step ("Step 3:")
 """
 
@@ -14,9 +14,11 @@ import re
 from collections import deque
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # and what is escaped, which is no brace
 PHRASE = re.compile(r"\banswers?(?:\*\*)?(?: is| are|:| to [^.\n]{1,200} is)(?:\*\*)?:?", re.IGNORECASE)
+DISPLAYED = (("$$", "$$"), ("\\[", "\\]"))
 SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
-NUMBER = re.compile(r"-?\$?(?:\d[\d,]*\d|\d)(?:\.\d+)?(?:/\d+)?%?|-?\.\d+%?")
+NUMBER = re.compile(r"(?:(?<!\d)[-\u2212])?\$?(?:(?:\d[\d,]*\d|\d)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+|/\d+)?%?")
 STEP = re.compile(r"\bstep\s+\d+\s*:", re.IGNORECASE)
 LAST = 4000  # characters of the end in which the last number is looked for
 TOKEN = re.compile(r"[^\s$,;.]{1,50}")
@@ -41,18 +43,18 @@ def _boxed(text: str) -> str | None:
         token = TOKEN.match(text, at)
         return token[0] if token else None
     depth = 0
-    for i in range(at, len(text)):
-        if text[i] == "\\" or (i and text[i - 1] == "\\" and text[i] in "{}"):
-            continue
-        depth += (text[i] == "{") - (text[i] == "}")
+    for brace in BRACE.finditer(text, at):
+        depth += (brace[0] == "{") - (brace[0] == "}")
         if not depth:
-            return text[at + 1 : i]
+            return text[at + 1 : brace.start()]
     return None
 
 
 def _hashes(text: str) -> str | None:
     _, mark, after = text.rpartition("####")
-    return after.partition("\n")[0] if mark else None
+    line, _, rest = after.partition("\n")
+    heading = STEP.search(line) or PHRASE.search(line) or (rest.strip() and not re.search(r"\d", line))
+    return line if mark and not heading else None
 
 
 def _phrase(text: str) -> str | None:
@@ -63,6 +65,9 @@ def _phrase(text: str) -> str | None:
     after = text[last.end() : last.end() + 1000].lstrip(" *")
     if after.startswith("\n"):
         after = after.lstrip()
+    for opening, closing in DISPLAYED:
+        if after.startswith(opening) and closing in after[2:]:
+            return after[2 : after.index(closing, 2)]
     end = SENTENCE_END.search(after)
     return after[: end.start()] if end else after
 
@@ -74,8 +79,11 @@ def _last_number(text: str) -> str | None:
 
 def _bare(answer: str) -> str:
     """Without the dollar signs of LaTeX, Markdown's asterisks and a full stop around it."""
-    answer = answer.strip().strip("*").strip()
-    for before, after in (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("$", "$"), ("`", "`")):
+    answer = answer.strip()
+    if answer.endswith("*."):
+        answer = answer[:-1]
+    answer = answer.strip("*").strip()
+    for before, after in (*DISPLAYED, ("\\(", "\\)"), ("$", "$"), ("`", "`")):
         if len(answer) > len(before) + len(after) and answer.startswith(before) and answer.endswith(after):
             answer = answer[len(before) : -len(after)].strip()
             break

@@ -20,7 +20,13 @@ _REPLACED = {
     "^{\\circ}": "°", "^\\circ": "°", "\\degree": "°", "\\cdotp": "\\cdot", "{,}": ",", "\\displaystyle": "",
     "\\lbrace": "\\{", "\\rbrace": "\\}", "×": "\\times ", "÷": "/", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt ",
 }  # fmt: skip
-_REPLACE = re.compile("|".join(re.escape(text) for text in sorted(_REPLACED, key=len, reverse=True)) + "(?![a-z])")
+_COMMAND_END = "(?![a-zA-Z])"  # \\left, and not the beginning of \\leftarrow
+_REPLACE = re.compile(
+    "|".join(
+        re.escape(text) + (_COMMAND_END if re.fullmatch(r"\\[a-z]+", text) else "")
+        for text in sorted(_REPLACED, key=len, reverse=True)
+    )
+)
 
 _THOUSANDS = re.compile(r"(?<=\d)\\,(?=\d{3})")
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
@@ -138,7 +144,7 @@ def _unit(text: str, money: str) -> str | None:
     known = _UNIT_OF.get(words) or _UNIT_OF.get(words.replace(".", ""))
     if known is None:
         plain = re.fullmatch(r"(?:[a-z%°/ .'-]|\^[23])+", words) is not None and (marked or len(words.split()[0]) > 2)
-        if not plain or words.split()[0] in _FUNCTIONS:
+        if not plain or words.split()[0] in _FUNCTIONS or words.startswith("and "):  # 5 and a half
             return None
         known = " ".join(_UNIT_OF.get(word, word.removesuffix("s")) for word in re.split(r"[\s.-]+", words) if word)
     return known if not money or known == money else f"{money} {known}"

@@ -169,16 +169,13 @@ def _total(path: str, limit: int | None) -> int | None:
     return lines if limit is None else min(lines, limit)
 
 
-def _check_places(source: str, output: Path) -> None:
+def _check_places(source: str, output: Path, split: str = "train") -> None:
     """Before a model is loaded: that there is something to read, and a folder to write to."""
-    from stepdpo_kernels.data.sources import open_source
+    from stepdpo_kernels.data.pipeline.stage import stage_input
 
-    if Path(source).expanduser().exists() or source.startswith((".", "/", "~")) or source.endswith(".jsonl"):
-        open_source(source, "train")  # what is no path is asked of the hub later
+    stage_input(source, output, split)  # what is no path is asked of the hub later
     if not output.parent.is_dir():
         raise StepDPOError(f"output {str(output)!r}: there is no folder {str(output.parent)!r}")
-    if output.exists() and Path(source).expanduser().exists() and output.samefile(Path(source).expanduser()):
-        raise StepDPOError(f"output {str(output)!r} is what is to be read: name another file")
 
 
 def _tell(report: StageReport) -> None:
@@ -226,7 +223,7 @@ def collect(
     from stepdpo_kernels.answers import AnswerChecker
     from stepdpo_kernels.data.pipeline.collect import collect
 
-    _check_places(problems, output)
+    _check_places(problems, output, split)
     total = _total(problems, stage.limit)
     with AnswerChecker(workers=workers, seconds=SECONDS) as checker, _progress("collect", total) as progress:
         report = collect(
@@ -371,7 +368,7 @@ def import_(
     """Make step pairs of PRM800K, of Math-Step-DPO-10K as it is, or of preferences between whole answers."""
     from stepdpo_kernels.data.importers import import_pairs
 
-    _check_places(source, output)
+    _check_places(source, output, split)
     with _progress("import", _total(source, limit)) as progress:
         report = import_pairs(
             source,
@@ -402,7 +399,7 @@ def export(
     """Write step pairs for TRL or for LLaMA-Factory."""
     from stepdpo_kernels.data.exporters import export_pairs
 
-    _check_places(pairs, output)
+    _check_places(pairs, output, split)
     with _progress("export", _total(pairs, limit)) as progress:
         report = export_pairs(
             pairs,

@@ -14,14 +14,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from stepdpo_kernels.data.pipeline.stage import Chunk, StageReport, run_stage
+from stepdpo_kernels.data.pipeline.stage import Chunk, StageReport, run_stage, stage_input
 from stepdpo_kernels.data.records import StepRecord, check_record
-from stepdpo_kernels.data.sources import open_source
 from stepdpo_kernels.data.templates import TEMPLATES, separator
 from stepdpo_kernels.types import StepDPOError
 
@@ -51,12 +49,12 @@ def export_pairs(
     if template not in TEMPLATES:
         raise StepDPOError(f"template must be one of {', '.join(TEMPLATES)}; got {template!r}")
 
-    def work(batch: list[StepRecord], number: int) -> Chunk:
+    def work(batch: list[StepRecord]) -> Chunk:
         return Chunk([_record(record, format, template) for record in batch], Counter())
 
     report = run_stage(
         "export",
-        islice(open_source(source, split, columns=None, keep_bad=True).records, limit),
+        stage_input(source, output, split, limit),
         output,
         settings={"format": format, "template": template, "limit": limit},
         parse=check_record,

@@ -23,15 +23,16 @@ from itertools import islice, product
 from os import PathLike
 from typing import Any, NamedTuple
 
-from stepdpo_kernels.data.pipeline.stage import Chunk, StageReport, run_stage
-from stepdpo_kernels.data.records import RawRecord, check_record, shorten
-from stepdpo_kernels.data.sources import open_source
+from stepdpo_kernels.data.pipeline.stage import Chunk, StageReport, run_stage, stage_input
+from stepdpo_kernels.data.records import UNITS, RawRecord, check_record, shorten
 from stepdpo_kernels.data.steps import StepFormat
 from stepdpo_kernels.types import StepDPOError
 
 OPENING = "Let's think step by step."
 LAST_MARKER = re.compile(r"Step (\d+):\s*\Z")
-UNBROKEN = re.compile(r"(?<=[^\n])[ \t]*(Step 1:)")
+BROKEN = re.compile(r"(?m)^[ \t]*Step 1:")
+UNBROKEN = re.compile(r"(?<=\S)[ \t]*(Step 1:)")
+KEPT = ("dataset", "id", "group", "weight", "chosen_logp", "rejected_logp")
 CHUNK = 256
 
 
@@ -74,7 +75,7 @@ def import_pairs(
         raise StepDPOError(f"max_pairs must be at least 1, got {max_pairs!r}")
     cut = steps or StepFormat()
 
-    def work(rows: list[_Row], number: int) -> Chunk:
+    def work(rows: list[_Row]) -> Chunk:
         records, counts = [], Counter[str]()
         for row in rows:
             made = FORMATS[format](row, cut, max_pairs)
@@ -86,7 +87,7 @@ def import_pairs(
 
     return run_stage(
         "import",
-        islice(open_source(source, split, columns=None, keep_bad=True).records, limit),
+        stage_input(source, output, split, limit),
         output,
         settings={"format": format, "steps": asdict(cut), "max_pairs": max_pairs, "limit": limit},
         parse=lambda raw: _parse(raw, format),
@@ -101,9 +102,13 @@ def import_pairs(
 def _parse(raw: RawRecord, format: str) -> _Row:
     if not isinstance(raw.value, dict):
         raise StepDPOError(f"{raw.where}: a record must be an object, got {shorten(raw.value)}")
-    row = _Row(str(raw.value.get("id") or raw.id), raw.where, raw.value)
+    row = _Row(_text(raw.value.get("id")) or raw.id, raw.where, raw.value)
     CHECKS[format](row)
     return row
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
 
 
 def _pair(
@@ -133,14 +138,14 @@ def _check_prm800k(row: _Row) -> None:
     if not isinstance(label, dict) or not isinstance(label.get("steps"), list):
         raise StepDPOError(f"{row.where}: field 'label' must hold a list 'steps', got {shorten(label)}")
     for k, step in enumerate(label["steps"], start=1):
-        completions = step.get("completions") if isinstance(step, dict) else None
-        for completion in completions or []:
+        completions = (step.get("completions") or []) if isinstance(step, dict) else None
+        if not isinstance(completions, list):
+            raise StepDPOError(f"{row.where}: step {k}: must hold a list 'completions', got {shorten(step)}")
+        for completion in completions:
             if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
                 raise StepDPOError(f"{row.where}: step {k}: a completion must hold a 'text', got {shorten(completion)}")
-        chosen = step.get("chosen_completion") if isinstance(step, dict) else None
-        if not isinstance(step, dict) or (
-            chosen is not None and not (isinstance(chosen, int) and 0 <= chosen < len(completions or []))
-        ):
+        chosen = step.get("chosen_completion")
+        if chosen is not None and not (isinstance(chosen, int) and 0 <= chosen < len(completions)):
             raise StepDPOError(f"{row.where}: step {k}: field 'chosen_completion' is {shorten(chosen)}, which is none")
 
 
@@ -162,7 +167,7 @@ def _prm800k(row: _Row, steps: StepFormat, max_pairs: int | None) -> _Made:
         before += f"\nStep {k}:"
         both = product(dict.fromkeys(right), dict.fromkeys(wrong))
         records += [
-            _pair(question["problem"], before, f" {a}", f" {b}", k, str(question.get("ground_truth_answer") or ""))
+            _pair(question["problem"], before, f" {a}", f" {b}", k, _text(question.get("ground_truth_answer")))
             for a, b in islice(((a, b) for a, b in both if a != b), max_pairs)
         ]
         chosen = step.get("chosen_completion")
@@ -182,14 +187,17 @@ def _human(completion: Any) -> str:
 
 
 def _check_step_dpo(row: _Row) -> None:
-    check_record(RawRecord(row.where, row.id, row.value))
+    for unit in UNITS:
+        check_record(RawRecord(row.where, row.id, row.value), unit)
 
 
 def _step_dpo(row: _Row, steps: StepFormat, max_pairs: int | None) -> _Made:
     value, counts = row.value, Counter[str]()
-    before = UNBROKEN.sub(r"\n\1", value["initial_reason_steps"], count=1)
+    before = value["initial_reason_steps"]
+    if not BROKEN.search(before):
+        before = UNBROKEN.sub(r"\n\1", before, count=1)
     counts["no line break before Step 1"] += before != value["initial_reason_steps"]
-    mark, markers = LAST_MARKER.search(before), re.findall(r"(?m)^Step (\d+):", before)
+    mark, markers = LAST_MARKER.search(before), re.findall(r"(?m)^[ \t]*Step (\d+):", before)
     counts["no marker at the end of the steps"] += mark is None
     counts["misnumbered markers"] += markers != [str(i) for i in range(1, len(markers) + 1)]
     texts = {}
@@ -203,10 +211,9 @@ def _step_dpo(row: _Row, steps: StepFormat, max_pairs: int | None) -> _Made:
         counts["solutions with the initial steps"] += shorter != full
         counts[f"no full_{name}"] += not full.strip()
         texts[f"full_{name}"] = f" {shorter}" if bare and shorter.strip() and not shorter[:1].isspace() else shorter
-    record = _pair(
-        value["prompt"], before, texts["chosen"], texts["rejected"], len(markers), str(value.get("answer", ""))
-    )
-    kept = {k: v for k, v in value.items() if k in ("dataset", "id", "group", "chosen_logp", "rejected_logp") and v}
+    answer = _text(value.get("answer"))
+    record = _pair(value["prompt"], before, texts["chosen"], texts["rejected"], len(markers), answer)
+    kept = {name: value[name] for name in KEPT if value.get(name) is not None}
     return _Made([record | texts | kept], +counts)
 
 
@@ -214,11 +221,6 @@ def _step_dpo(row: _Row, steps: StepFormat, max_pairs: int | None) -> _Made:
 
 
 def _check_preference(row: _Row) -> None:
-    for name in ("chosen", "rejected"):
-        if not isinstance(row.value.get(name), str | list):
-            raise StepDPOError(
-                f"{row.where}: field {name!r} must be text or messages, got {shorten(row.value.get(name))}"
-            )
     _texts(row)
 
 
@@ -242,10 +244,12 @@ def _texts(row: _Row) -> tuple[str, str, str] | str:
 
 
 def _messages(row: _Row, name: str, value: Any) -> list[tuple[str, str]]:
-    if value is None:
+    if value is None and name == "prompt":
         return []
     if isinstance(value, str):
         return [("user" if name == "prompt" else "assistant", value)]
+    if not isinstance(value, list):
+        raise StepDPOError(f"{row.where}: field {name!r} must be text or messages, got {shorten(value)}")
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise StepDPOError(
@@ -273,7 +277,7 @@ def _preference(row: _Row, steps: StepFormat, max_pairs: int | None) -> _Made:
     if a.strip() == b.strip():
         return _Made([], Counter({"answers without two steps to compare": 1}))
     whole = {"full_chosen": one.after(k), "full_rejected": other.after(k)}
-    return _Made([_pair(prompt, one.before(k), a, b, k, str(row.value.get("answer") or ""), **whole)], Counter())
+    return _Made([_pair(prompt, one.before(k), a, b, k, _text(row.value.get("answer")), **whole)], Counter())
 
 
 FORMATS: dict[str, Callable[[_Row, StepFormat, int | None], _Made]] = {

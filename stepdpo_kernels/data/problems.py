@@ -17,6 +17,7 @@ A record is read by the format that its fields show, or by the one that is named
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ class _Record:
             have = ", ".join(map(str, self.value)) or "no fields"
             raise StepDPOError(f"{self.where}: field {names[0]!r} is missing; this record has {have}")
         value = self.value[name]
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        odd = isinstance(value, float) and not math.isfinite(value)
+        if odd or isinstance(value, bool) or not isinstance(value, str | int | float):
             raise StepDPOError(f"{self.where}: field {name!r} must be a string, got {shorten(value)}")
         text = str(value)
         if default is None and not text.strip():

@@ -19,6 +19,7 @@ from stepdpo_kernels.data.records import FIELDS, RawRecord, shorten
 from stepdpo_kernels.types import StepDPOError
 
 PARQUET_ROWS = 1024
+BESIDE = (".run.json", ".dataset_info.json")  # names of what stages write beside their records
 MAX_LINE = 8 << 20  # bytes of a line of JSONL; a longer one is not held in memory
 
 
@@ -90,15 +91,32 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
-    files = [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and _reader(file) and not any(p.startswith(".") for p in file.relative_to(folder).parts)
-    ]
+    files = _chosen(folder, [file for file in sorted(folder.rglob("*")) if file.is_file()], split)
     if not files:
         raise StepDPOError(f"{folder}: a folder without data files; it must hold files whose names end in {_kinds()}")
+    return files
+
+
+def _chosen(folder: Path, files: list[Path], split: str) -> list[Path]:
+    files = [
+        file
+        for file in files
+        if _reader(file)
+        and not file.name.endswith(BESIDE)
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
     word = re.compile(rf"(?:^|[-_.]){re.escape(split)}(?:[-_.]|$)")
     return [file for file in files if word.search(file.name)] or files
+
+
+def would_read(path_or_hub_id: str | os.PathLike[str], split: str, file: str | os.PathLike[str]) -> bool:
+    """Whether `open_source` reads this file, or will as soon as it is there."""
+    path, file = Path(path_or_hub_id).expanduser(), Path(file)
+    if not path.is_dir():
+        return path.exists() and file.exists() and path.samefile(file)
+    folder, file = path.resolve(), file.resolve()
+    others = [other for other in folder.rglob("*") if other.is_file()]
+    return file.is_relative_to(folder) and file in _chosen(folder, [*others, file], split)
 
 
 def _chain(files: list[Path], names: tuple[str, ...], reading: Reading) -> Iterator[RawRecord]:

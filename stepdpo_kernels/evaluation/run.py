@@ -20,7 +20,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any
 
 from stepdpo_kernels.data.generation import Completion, Generator, Prompt, Sampling
 from stepdpo_kernels.data.pipeline.grading import Checker, Grade, grade
-from stepdpo_kernels.data.pipeline.stage import Chunk, StageReport, check_complete, chunk_seed, run_file, run_stage
+from stepdpo_kernels.data.pipeline.stage import Chunk, StageReport, check_complete, run_file, run_stage
 from stepdpo_kernels.data.problems import Problem, parse_problem
 from stepdpo_kernels.data.records import shorten
 from stepdpo_kernels.evaluation.metrics import ItemScore, majority_score
@@ -103,7 +103,7 @@ def evaluate(
     sampling:    of each problem; temperature 0 and n 1 for greedy
     settings:    what else decides the result, such as the template; a run is only continued with the same
     limit:       only the first so many problems
-    chunk:       problems asked together; with another one, other samples are drawn
+    chunk:       problems asked together
     on_bad:      "stop" raises for a record that cannot be read and for a sample that could not be had; "skip" leaves
                  the record out and counts the sample as not right
     Raises StepDPOError as `run_stage` does, and for a generator that gives nothing at all.
@@ -114,10 +114,9 @@ def evaluate(
     except OSError as error:
         raise StepDPOError(f"output folder {str(folder)!r} cannot be made: {error.strerror}") from error
 
-    def work(batch: list[Problem], number: int) -> Chunk:
-        seed = chunk_seed(sampling.seed, number)
+    def work(batch: list[Problem]) -> Chunk:
         prompts = [Prompt(_asked(problem, task), task.beginning) for problem in batch]
-        drawn = generator.generate(prompts, replace(sampling, seed=seed))
+        drawn = generator.generate(prompts, sampling)
         graded = graded_samples([problem.answer for problem in batch], task.beginning, drawn, checker)
         records, counts = [], Counter[str]()
         for problem, samples in zip(batch, graded, strict=True):
@@ -130,10 +129,8 @@ def evaluate(
                 counts[sample.verdict.replace("_", " ")] += 1
                 if sample.reason in ("timeout", "crash", "unreadable_gold"):
                     counts[f"compared in vain ({sample.reason.replace('_', ' ')})"] += 1
-            item = Item(
-                problem.id, problem.prompt, problem.answer, problem.subject, problem.level, seed, tuple(samples)
-            )
-            records.append(asdict(item))
+            fields = (problem.id, problem.prompt, problem.answer, problem.subject, problem.level, sampling.seed)
+            records.append(asdict(Item(*fields, tuple(samples))))
         return Chunk(records, counts)
 
     decided = {

@@ -40,7 +40,8 @@ SAME = [
     (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
     (r"\begin{pmatrix} 1/2 & 2 \end{pmatrix}", r"\begin{pmatrix} \frac12 & 2 \end{pmatrix}"),
     # expressions
-    (r"\sqrt{8}", r"2\sqrt{2}"), (r"11\sqrt2", r"11\sqrt{2}"), (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt3}"),
+    (r"\sqrt{8}", r"2\sqrt{2}"), (r"\sqrt{x}", "√x"),
+    (r"11\sqrt2", r"11\sqrt{2}"), (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt3}"),
     (r"6\pi - 3", r"-3+6\pi"), ("x^2+2x", "x(x+2)"), ("2x+1", "1+2x"), ("(x+1)^2", "x^2+2x+1"), ("3+4i", "4i+3"),
     (r"\log_2 8", "3"), (r"\sin \frac{\pi}{6}", r"\frac12"), (r"e^{2}", "e^2"), (r"\sqrt[3]{27}", "3"),
     (r"\binom{5}{2}", "10"),
@@ -86,7 +87,7 @@ DIFFERENT = [
     (r"\begin{pmatrix}1&0\\0&1\end{pmatrix}", "1"),
     # expressions
     (r"\sqrt{8}", r"\sqrt{2}"), ("x^2+2x", "x^2-2x"), ("2x+1", "2x"), ("3+4i", "3-4i"), (r"\log_2 8", "2"),
-    (r"\sqrt2", "2"),
+    (r"\sqrt2", "2"), ("5", "5 and a half"), (r"\leftarrow", r"\rightarrow"),
     (r"\infty", r"-\infty"), (r"\frac{x}{2}", r"\frac{2}{x}"), (r"6\pi", "6"), ("x", "y"), (r"\sin x", r"\cos x"),
     # words and choices
     ("A", "B"), ("A", "(B)"), ("C", "(D) 22"), ("A", "22"), (r"\text{east}", "seat"), (r"\text{east}", "west"),

@@ -62,6 +62,30 @@ def test_a_killed_process_is_a_crash_and_is_replaced():
         assert checker.match(*HARD).equal
 
 
+def test_an_interrupted_comparison_is_not_the_answer_to_the_next_one():
+    class TooLateError(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise TooLateError
+
+    with AnswerChecker(seconds=30) as checker:
+        assert checker.match(*HARD).equal
+        worker = checker._workers[0]
+        assert worker is not None
+        os.kill(worker.process.pid, signal.SIGSTOP)
+        before = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        try:
+            with pytest.raises(TooLateError):
+                checker.match(*HARD)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+            os.kill(worker.process.pid, signal.SIGCONT) if worker.process.poll() is None else None
+        assert not checker.match(r"\sqrt{8}", r"3\sqrt{2}").equal
+
+
 def test_memory_is_limited():
     with AnswerChecker(seconds=3) as checker:
         assert not checker.match("x+1", "9" * 1900 + r"^{9^{9^{9}}}+x").equal

@@ -113,7 +113,8 @@ def test_what_prm800k_leaves_out(tmp_path):
         (row() | {"label": {"steps": 5}}, "field 'label' must hold a list 'steps'"),
         (row(step({"rating": 1})), "step 1: a completion must hold a 'text'"),
         (row(step(completion("a", 1), chosen=3)), "step 1: field 'chosen_completion' is 3"),
-        (row(5), "step 1"),
+        (row(5), "step 1: must hold a list 'completions', got 5"),
+        (row({"completions": 5}), "step 1: must hold a list 'completions', got"),
     ],
 )
 def test_broken_rows_of_prm800k(tmp_path, bad, said):
@@ -143,6 +144,34 @@ def test_a_regular_row_stays_as_it_is(tmp_path):
         "id": "theirs.jsonl:1", "step_index": 2, "chosen_logp": None, "rejected_logp": None,
     }  # fmt: skip
     assert report.counts == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"initial_reason_steps": "Let's see.\nStep 1: as in Step 1: of before.\nStep 2:"},
+        {"initial_reason_steps": "Let's see.\n  Step 1: 1 + 2 = 3.\n  Step 2:"},
+        {"id": 0, "group": "", "weight": 0.0, "chosen_logp": 0.0, "rejected_logp": -1.5},
+    ],
+)
+def test_what_a_row_holds_is_not_lost(tmp_path, change):
+    report, (record,) = imported(tmp_path, [RELEASED | change], "step-dpo")
+    assert record == record | RELEASED | {"step_index": 2} | change
+    assert report.counts == {}
+
+
+def test_answers_that_are_no_text(tmp_path):
+    for answer, text in ((0, "0"), (None, ""), (2.5, "2.5")):
+        _, (record,) = imported(tmp_path, [RELEASED | {"answer": answer}], "step-dpo")
+        assert record["answer"] == text
+        theirs = {"prompt": "P", "chosen": CHOSEN, "rejected": REJECTED, "answer": answer}
+        _, (record,) = imported(tmp_path, [theirs], "preference")
+        assert record["answer"] == text
+
+
+def test_a_whole_solution_that_is_no_text(tmp_path):
+    with pytest.raises(StepDPOError, match="line 1: field 'full_rejected' must be a string, got int 5"):
+        imported(tmp_path, [RELEASED | {"full_rejected": 5}], "step-dpo")
 
 
 @pytest.mark.parametrize(
@@ -241,6 +270,7 @@ def test_preferences_that_hold_no_step_pair_are_counted(tmp_path, change, reason
     [
         ({"prompt": "P", "chosen": CHOSEN}, "field 'rejected' must be text or messages, got None"),
         ({"chosen": CHOSEN, "rejected": REJECTED}, "field 'prompt' must be text beside text"),
+        ({"prompt": 5, "chosen": said("assistant", CHOSEN), "rejected": REJECTED}, "field 'prompt' must be text or"),
         ({"prompt": "P", "chosen": [5], "rejected": [5]}, "a message must hold 'role' and 'content', got 5"),
     ],
 )

@@ -90,6 +90,7 @@ def test_formats(value, format, problem):
         ({"prompt": "P", "answer": None}, None, "field 'answer' is missing"),
         ({"prompt": "P", "answer": ["7"]}, None, "field 'answer' must be a string, got"),
         ({"prompt": "P", "answer": True}, None, "field 'answer' must be a string, got True"),
+        ({"prompt": "P", "answer": float("nan")}, None, "field 'answer' must be a string, got nan"),
         ({"prompt": "half \ud800", "answer": "7"}, None, "half of a surrogate pair"),
         ({"question": "P", "answer": "no mark"}, "gsm8k", "no answer after ####"),
         ({"question": "P", "answer": "empty ####  "}, None, "no answer after ####"),

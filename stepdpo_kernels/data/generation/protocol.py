@@ -25,7 +25,8 @@ class Sampling:
     top_p:           nucleus (Holtzman et al. 2020, arXiv 1904.09751); 1 for none
     max_new_tokens:  most tokens of a completion
     stop:            texts that end a completion; they are not part of it
-    seed:            the same seed, prompts and software give the same completions, where the generator can promise it
+    seed:            the same seed, prompts and software give the same completions, where the generator can promise it;
+                     other prompts under the same seed get other random numbers
     logps:           also report the log-prob of every token
     """
 

@@ -118,7 +118,7 @@ class TransformersGenerator:
         nothing = list(range(self._vocabulary, self.model.config.get_text_config().vocab_size))  # as in SeededSampler
         device = self.model.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(sampling.seed)
+            torch.manual_seed(runs[0].seed)  # other prompts, other numbers
             found = self.model.generate_batch(
                 inputs=[run.prompt_ids for run in runs],
                 generation_config=GenerationConfig(

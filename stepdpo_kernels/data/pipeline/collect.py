@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from itertools import islice
+from dataclasses import asdict
 from os import PathLike
 
 from stepdpo_kernels.data.generation import Completion, Generator, Prompt, Sampling
 from stepdpo_kernels.data.pipeline.grading import Checker, grade
 from stepdpo_kernels.data.pipeline.solution import Solution
-from stepdpo_kernels.data.pipeline.stage import Chunk, StageReport, chunk_seed, run_stage
+from stepdpo_kernels.data.pipeline.stage import Chunk, StageReport, run_stage, stage_input
 from stepdpo_kernels.data.problems import Problem, parse_problem
-from stepdpo_kernels.data.sources import open_source
 from stepdpo_kernels.data.steps import StepFormat, Steps
 from stepdpo_kernels.types import StepDPOError
 
@@ -47,7 +45,7 @@ def collect(
     steps:      how a solution is cut into steps
     keep:       "wrong" writes those with a wrong final answer; "all" also right ones and those that were cut off or
                 have no answer
-    chunk:      problems sampled at a time; with another one, other samples are drawn
+    chunk:      problems sampled at a time
     limit:      only the first so many problems
 
     Right, wrong and unfinished ones are counted, whether kept or not. A wrong solution that cannot be cut into steps is
@@ -57,10 +55,9 @@ def collect(
         raise StepDPOError(f"keep must be one of {', '.join(KEEP)}; got {keep!r}")
     steps = steps or StepFormat()
 
-    def work(batch: list[Problem], number: int) -> Chunk:
-        seed = chunk_seed(sampling.seed, number)
+    def work(batch: list[Problem]) -> Chunk:
         prompts = [Prompt(problem.prompt, beginning) for problem in batch]
-        drawn = generator.generate(prompts, replace(sampling, seed=seed))
+        drawn = generator.generate(prompts, sampling)
         pairs = [(p, sample, c) for p, samples in zip(batch, drawn, strict=True) for sample, c in enumerate(samples)]
         grades = grade([p.answer for p, _, _ in pairs], [beginning] * len(pairs), [c for _, _, c in pairs], checker)
         records, counts = [], Counter[str]()
@@ -89,7 +86,7 @@ def collect(
                         answer=problem.answer,
                         reference=problem.reference,
                         sample=sample,
-                        seed=seed,
+                        seed=sampling.seed,
                         generator=generator.name,
                         steps=parts,
                         logps=step_logps(parts, beginning, completion),
@@ -109,10 +106,9 @@ def collect(
         "format": format,
         "limit": limit,
     }
-    source = open_source(problems, split, columns=None, keep_bad=True)
     return run_stage(
         "collect",
-        islice(source.records, limit),
+        stage_input(problems, output, split, limit),
         output,
         settings=settings,
         parse=lambda raw: parse_problem(raw, format),

@@ -35,9 +35,7 @@ def grade(
     golds: Sequence[str], begun: Sequence[str], completions: Sequence[Completion], checker: Checker
 ) -> list[Grade]:
     """One grade for each solution, which is how it begins and its completion. One that was cut off is unfinished."""
-    from stepdpo_kernels.answers import extract_answer
-
-    found = [extract_answer(start + end.text) for start, end in zip(begun, completions, strict=True)]
+    found = [_answer(start, end.text) for start, end in zip(begun, completions, strict=True)]
     asked = {i: text for i, text in enumerate(found) if text is not None and completions[i].finish == "stop"}
     verdicts = dict(zip(asked, checker.check((golds[i], text) for i, text in asked.items()), strict=True))
     grades = []
@@ -49,3 +47,11 @@ def grade(
         else:
             grades.append(Grade(prediction, "right" if verdicts[i].equal else "wrong", verdicts[i].reason))
     return grades
+
+
+def _answer(begun: str, text: str) -> str | None:
+    """The answer of a solution. None where what was begun has it and its continuation has none of its own."""
+    from stepdpo_kernels.answers import extract_answer
+
+    answer = extract_answer(begun + text)
+    return None if extract_answer(text) is None and answer == extract_answer(begun) else answer

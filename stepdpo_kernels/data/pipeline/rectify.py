@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from itertools import islice
 from os import PathLike
 from typing import Any
 
@@ -28,8 +27,15 @@ from stepdpo_kernels.data.pipeline.collect import step_logps
 from stepdpo_kernels.data.pipeline.grading import Checker, grade
 from stepdpo_kernels.data.pipeline.locate.protocol import Verifier
 from stepdpo_kernels.data.pipeline.solution import Solution
-from stepdpo_kernels.data.pipeline.stage import Chunk, SeenKeys, StageReport, check_complete, chunk_seed, run_stage
-from stepdpo_kernels.data.sources import open_source
+from stepdpo_kernels.data.pipeline.stage import (
+    Chunk,
+    SeenKeys,
+    StageReport,
+    check_complete,
+    run_stage,
+    seed_for,
+    stage_input,
+)
 from stepdpo_kernels.data.steps import StepFormat
 from stepdpo_kernels.types import StepDPOError
 
@@ -87,17 +93,19 @@ def rectify(
     def replay(record: dict[str, Any]) -> None:
         seen.add(*(record[name] for name in ("prompt", "initial_reason_steps", "chosen", "rejected")))
 
-    def work(batch: list[Solution], number: int) -> Chunk:
-        seed, counts = chunk_seed(sampling.seed, number), Counter[str]()
+    seed = seed_for(sampling.seed, "rectify")
+
+    def work(batch: list[Solution]) -> Chunk:
+        counts = Counter[str]()
         mistakes = [solution for solution in batch if solution.first_wrong_step]
         for solution in batch:
             if not solution.first_wrong_step:
                 counts["undecided" if solution.first_wrong_step is None else "without a wrong step"] += 1
         if not mistakes:
             return Chunk([], counts)
-        candidates = _right_continuations(mistakes, seed, counts)
+        candidates = _right_continuations(mistakes, counts)
         if verifier is not None:
-            candidates = _verified(candidates, verifier, chunk_seed(seed, 1), counts)
+            candidates = _verified(candidates, verifier, seed_for(sampling.seed, "verify"), counts)
         records: list[dict[str, Any]] = []
         pairs: Counter[str] = Counter()
         for candidate in candidates:
@@ -113,7 +121,7 @@ def rectify(
         counts["mistakes with a pair"] += len(pairs)
         return Chunk(records, counts)
 
-    def _right_continuations(mistakes: list[Solution], seed: int, counts: Counter[str]) -> list[Candidate]:
+    def _right_continuations(mistakes: list[Solution], counts: Counter[str]) -> list[Candidate]:
         begun = [solution.steps.before(solution.first_wrong_step or 1) for solution in mistakes]
         prompts = [Prompt(solution.prompt, text) for solution, text in zip(mistakes, begun, strict=True)]
         drawn = generator.generate(prompts, replace(sampling, seed=seed))
@@ -158,7 +166,7 @@ def rectify(
     try:
         return run_stage(
             "rectify",
-            islice(open_source(located, "train", columns=None, keep_bad=True).records, limit),
+            stage_input(located, output, limit=limit),
             output,
             settings=settings,
             parse=parse_located,

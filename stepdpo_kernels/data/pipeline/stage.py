@@ -2,9 +2,9 @@
 
 Beside the output `x.jsonl` lies `x.jsonl.run.json`: the settings, how many input records are done, how long the output
 was then, and what was counted. It is replaced after each chunk, so whatever lies in the output beyond that length is
-an unfinished chunk and is cut off when the stage runs again. A chunk's result depends on its records, its number and
-the settings alone; so a stage that was killed at any moment and run again writes what an undisturbed one would have
-written.
+an unfinished chunk and is cut off when the stage runs again. What comes of a record depends on it, on those before it
+and on the settings alone; so a stage that was killed at any moment and run again writes what an undisturbed one would
+have written, whatever the size of the chunks.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, Protocol, TypeVar
 
 from stepdpo_kernels.data.records import RawRecord, shorten
+from stepdpo_kernels.data.sources import open_source, would_read
 from stepdpo_kernels.types import StepDPOError
 
 FORMAT = 1  # of the run file
@@ -104,14 +106,27 @@ def run_file(output: Path) -> Path:
     return output.with_name(output.name + ".run.json")
 
 
-def chunk_seed(seed: int, number: int) -> int:
-    """A seed of its own for each chunk of a stage, in 0..2^31-1."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4]) >> 1
+def seed_for(seed: int, use: str | int) -> int:
+    """A seed of its own for each use of a seed, in 0..2^31-1: one prompt must not get the same samples in two."""
+    digest = hashlib.sha256(f"{seed}/{use}".encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:4]) >> 1
+
+
+def stage_input(
+    source: str | os.PathLike[str], output: str | os.PathLike[str], split: str = "train", limit: int | None = None
+) -> Iterator[RawRecord]:
+    """The first `limit` records of a source, those that cannot be read as `open_source` keeps them.
+
+    Raises StepDPOError as that does, and for an output that is among what is read.
+    """
+    if would_read(source, split, output):
+        raise StepDPOError(f"output {str(output)!r} is what is to be read: name another file")
+    return islice(open_source(source, split, columns=None, keep_bad=True).records, limit)
 
 
 def check_complete(path: str | os.PathLike[str]) -> None:
     """Raises StepDPOError for the output of a stage that has not come to its end."""
-    file = run_file(Path(path))
+    file = run_file(Path(path).expanduser())
     if file.is_file() and not _read_state(file)["report"]["complete"]:
         raise StepDPOError(
             f"{path}: the stage that writes it has not come to its end; run that first, or say --partial to take what "
@@ -126,7 +141,7 @@ def run_stage(
     *,
     settings: Mapping[str, Any],
     parse: Callable[[RawRecord], T],
-    work: Callable[[list[T], int], Chunk],
+    work: Callable[[list[T]], Chunk],
     chunk: int,
     on_bad: str = "stop",
     overwrite: bool = False,
@@ -139,10 +154,10 @@ def run_stage(
     output:    JSON lines; the folder must exist
     settings:  what decides the result, as JSON can hold it
     parse:     an item of a record; raises StepDPOError for a bad one
-    work:      records and counts of a chunk of items; its number 0, 1, ... is the second argument
-    chunk:     items of a chunk
+    work:      records and counts of a chunk of items
+    chunk:     items of a chunk; a run may be continued with another one
     on_bad:    what becomes of a record that cannot be read or parsed, or whose id came before: "stop" raises,
-               "skip" leaves it out and counts it
+               "skip" leaves it out and counts it. A run that was stopped by one may be continued under "skip"
     overwrite: begin again, whatever is there
     replay:    is given each record that an earlier run has written
     progress:  is given the report after each chunk
@@ -156,7 +171,7 @@ def run_stage(
     if chunk < 1:
         raise StepDPOError(f"a chunk must have at least 1 record, got {chunk!r}")
     output = Path(output)
-    decided: dict[str, Any] = json.loads(json.dumps({**settings, "chunk": chunk, "on_bad": on_bad}))
+    decided: dict[str, Any] = json.loads(json.dumps({**settings, "on_bad": on_bad}))
     with _opened(output, overwrite) as file:
         state = _State.begin(stage, output, decided, overwrite)
         report = state.report
@@ -171,7 +186,7 @@ def run_stage(
             report.resumed = report.read
             start, before = time.monotonic(), report.seconds
             while batch := items.take(chunk):
-                records, counts = work(batch, state.chunks)
+                records, counts = work(batch)
                 for reason, count in items.skipped.items():
                     report.skipped[reason] = report.skipped.get(reason, 0) + count
                 for name, count in counts.items():
@@ -280,7 +295,7 @@ class _State:
 
     def __init__(self, path: Path, settings: dict[str, Any], report: StageReport) -> None:
         self.path, self.settings, self.report = path, settings, report
-        self.bytes = self.chunks = 0
+        self.bytes = 0
         self.digest = ""
 
     @classmethod
@@ -294,9 +309,11 @@ class _State:
         value = _read_state(state.path)
         if value["report"]["stage"] != stage:
             raise StepDPOError(f"output {str(output)!r} was written by stage {value['report']['stage']!r}, not {stage}")
+        if settings["on_bad"] == "skip":  # what "stop" has let through, "skip" would have, too
+            value["settings"]["on_bad"] = "skip"
         _compare(output, value["settings"], settings)
         state.report = StageReport(**(value["report"] | {"output": str(output), "complete": False}))
-        state.bytes, state.chunks, state.digest = value["bytes"], value["chunks"], value["digest"]
+        state.bytes, state.digest = value["bytes"], value["digest"]
         return state
 
     def cut(self, file: BinaryIO) -> None:
@@ -316,7 +333,6 @@ class _State:
             file.flush()
             os.fsync(file.fileno())
             self.bytes += len(data)
-            self.chunks += 1
             self.save(digest)
         except OSError as error:
             raise StepDPOError(
@@ -330,7 +346,6 @@ class _State:
             "format": FORMAT,
             "settings": self.settings,
             "bytes": self.bytes,
-            "chunks": self.chunks,
             "digest": digest,
             "report": asdict(self.report),
         }
@@ -348,7 +363,7 @@ class _State:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-        known = value["format"] == FORMAT and {"settings", "bytes", "chunks", "digest", "report"} <= value.keys()
+        known = value["format"] == FORMAT and {"settings", "bytes", "digest", "report"} <= value.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StepDPOError(f"{path}: not the run file of a stage: {error}; overwrite to begin again") from error
     if not known:

@@ -16,6 +16,7 @@ from stepdpo_kernels.answers import AnswerChecker
 from stepdpo_kernels.data import load_step_pairs
 from stepdpo_kernels.data.generation import Completion, Prompt, Sampling
 from stepdpo_kernels.data.pipeline.collect import collect
+from stepdpo_kernels.data.pipeline.grading import grade
 from stepdpo_kernels.data.pipeline.locate.exact import ExactLocator
 from stepdpo_kernels.data.pipeline.locate.stage import agreement_of, locate
 from stepdpo_kernels.data.pipeline.rectify import rectify
@@ -186,6 +187,13 @@ def test_bad_problems(tmp_path, checker, bad, said):
     assert [record["problem_id"] for record in lines(output)] == ["sum", "last"]
 
 
+def test_a_right_number_in_what_was_begun_is_no_answer(checker):
+    begun = "Step 1: 3 + 4 = 7 eggs.\nStep 2:"
+    for said, verdict in ((" I am not sure.", "no_answer"), ("", "no_answer"), (" So it is 7.", "right")):
+        assert grade(["7"], [begun], [Completion(said, "stop")], checker)[0].verdict == verdict
+    assert grade(["east"], ["The answer is"], [Completion(" east.", "stop")], checker)[0].verdict == "right"
+
+
 # ---- rectify ------------------------------------------------------------------------------------------------------
 
 WRONG = " 1 + 2 = 4.\nStep 2: 4 + 4 = 8. The answer is 8."
@@ -308,18 +316,23 @@ def test_stages_are_run_in_order(tmp_path, checker):
 # ---- all of it ----------------------------------------------------------------------------------------------------
 
 
-def stages(folder: Path, checker: AnswerChecker, generator: Any) -> list[Callable[[], Any]]:
+def stages(
+    folder: Path, checker: AnswerChecker, generator: Any, chunks: Sequence[int] = (7, 5, 3)
+) -> list[Callable[[], Any]]:
     locator = ExactLocator(checker=check_steps)
     source = folder.parent / "problems.jsonl"
     sampling = Sampling(n=2)
     return [
         lambda: collect(
-            source, folder / "1.jsonl", generator, checker, sampling, beginning="Step 1:", steps=CLOSING, chunk=7
+            source, folder / "1.jsonl", generator, checker, sampling, beginning="Step 1:", steps=CLOSING,
+            chunk=chunks[0],
         ),
-        lambda: locate(folder / "1.jsonl", folder / "2.jsonl", locator, compare=ExactLocator(modulus=100), chunk=5),
+        lambda: locate(
+            folder / "1.jsonl", folder / "2.jsonl", locator, compare=ExactLocator(modulus=100), chunk=chunks[1]
+        ),
         lambda: rectify(
             folder / "2.jsonl", folder / "3.jsonl", generator, checker, Sampling(n=8), steps=CLOSING,
-            verifier=locator, chunk=3,
+            verifier=locator, chunk=chunks[2],
         ),
     ]  # fmt: skip
 
@@ -340,7 +353,9 @@ class DiesAt:
         return drawn
 
 
-def test_stopped_at_random_calls_and_run_again_it_writes_the_same(tmp_path, checker):
+@pytest.mark.parametrize("chunks", [(7, 5, 3), (5, 8, 2)])
+def test_stopped_at_random_calls_and_run_again_it_writes_the_same(tmp_path, checker, chunks):
+    """Also in chunks of another size."""
     drawn = islice(problems("collect", 5, 0), 40)
     write(
         tmp_path / "problems.jsonl",
@@ -350,9 +365,9 @@ def test_stopped_at_random_calls_and_run_again_it_writes_the_same(tmp_path, chec
         (tmp_path / name).mkdir()
     for stage in stages(tmp_path / "whole", checker, Habit()):
         stage()
-    dying = DiesAt(Habit(), {2, 5, 9, 10, 15})
+    dying = DiesAt(Habit(), {2, 5, 9, 10, 13})
     stops = 0
-    for stage in stages(tmp_path / "stopped", checker, dying):
+    for stage in stages(tmp_path / "stopped", checker, dying, chunks):
         while True:
             try:
                 stage()

@@ -106,6 +106,28 @@ def test_binary_search_asks_less():
     assert asked["binary"] < asked["linear"]
 
 
+def test_a_continuation_that_failed_blames_no_step():
+    class Short(Solver):
+        """Has no room for more than two steps."""
+
+        def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+            drawn = super().generate(prompts, sampling)
+            for i, prompt in enumerate(prompts):
+                if prompt.begun.count("Step ") > 2:
+                    drawn[i] = [Completion("", "failed", "no room")] * sampling.n
+            return drawn
+
+    solutions = wrong_solutions(40)
+    exact = [location.step or 0 for location in ExactLocator(checker=check_steps).locate(solutions, 0)]
+    with AnswerChecker() as checker:
+        locator = RolloutLocator(Short(1.0), checker, Sampling(n=2, temperature=1.0), search="linear")
+        found = locator.locate(solutions, 0)
+        verdicts = locator.verify(solutions, [3] * len(solutions), 0)
+    assert [location.step for location in found] == [k if k == 1 else None for k in exact]
+    assert {location.problem for location in found if location.step is None} == {"continuations failed"}
+    assert {verdict for verdict, _ in verdicts} == {None}
+
+
 def test_verifying_a_step():
     solutions = wrong_solutions(10)
     exact = [location.step or 0 for location in ExactLocator(checker=check_steps).locate(solutions, 0)]

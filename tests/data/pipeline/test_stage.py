@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from stepdpo_kernels.data.pipeline.stage import Chunk, SeenKeys, check_complete, run_file, run_stage
+from stepdpo_kernels.data.pipeline.stage import Chunk, SeenKeys, check_complete, run_file, run_stage, stage_input
 from stepdpo_kernels.data.records import RawRecord
 from stepdpo_kernels.data.sources import MAX_LINE, open_source
 from stepdpo_kernels.types import StepDPOError
@@ -32,10 +34,22 @@ def parse(raw: RawRecord) -> Word:
     return Word(raw.value.get("id", raw.id), raw.value["text"])
 
 
-def work(words: list[Word], number: int) -> Chunk:
-    """Two records of each word, none of the empty one; what they hold depends on the chunk's number."""
-    records = [{"id": f"{w.id}/{i}", "text": w.text * i, "chunk": number} for w in words if w.text for i in (1, 2)]
+def work(words: list[Word]) -> Chunk:
+    """Two records of each word, none of the empty one."""
+    records = [{"id": f"{w.id}/{i}", "text": w.text * i} for w in words if w.text for i in (1, 2)]
     return Chunk(records, Counter(words=len(words)))
+
+
+def stops_at(moment: int) -> Callable[[list[Word]], Chunk]:
+    """`work` that is interrupted in its call of this number, from 0."""
+    calls = itertools.count()
+
+    def stop(items: list[Word]) -> Chunk:
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+        return work(items)
+
+    return stop
 
 
 def write(path: Path, values: list[Any]) -> Path:
@@ -63,34 +77,27 @@ def test_every_record_once_in_order(words, tmp_path):
     assert [record["id"] for record in lines(tmp_path / "out.jsonl")] == [
         f"w{i}/{j}" for i in range(23) if i % 5 for j in (1, 2)
     ]
-    assert [record["chunk"] for record in lines(tmp_path / "out.jsonl")][-1] == 5
     assert (report.read, report.written, report.counts, report.complete) == (23, 36, {"words": 23}, True)
     assert [read for read, _ in seen] == [4, 8, 12, 16, 20, 23]
     assert "23 records read, 36 written" in str(report)
 
 
 @pytest.mark.parametrize("moment", range(6))
-@pytest.mark.parametrize("torn", [b"", b'{"id": "w', b'{"id": "torn"}\n'])
-def test_goes_on_where_it_was_stopped(words, tmp_path, moment, torn):
+@pytest.mark.parametrize(("torn", "chunk"), [(b"", 4), (b'{"id": "w', 4), (b'{"id": "torn"}\n', 4), (b"", 3)])
+def test_goes_on_where_it_was_stopped(words, tmp_path, moment, torn, chunk):
     run(words, tmp_path / "whole.jsonl")
-
-    def stop(items: list[Word], number: int) -> Chunk:
-        if number == moment:
-            raise KeyboardInterrupt
-        return work(items, number)
-
     output = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        run(words, output, work=stop)
+        run(words, output, work=stops_at(moment))
     with output.open("ab") as file:
         file.write(torn)  # of a chunk that was being written
     with pytest.raises(StepDPOError, match="not come to its end"):
         check_complete(output)
     again: list[Any] = []
-    report = run(words, output, replay=again.append)
+    report = run(words, output, replay=again.append, chunk=chunk)
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert again == lines(output)[: len(again)]
-    assert len(again) == sum(record["chunk"] < moment for record in lines(output))
+    assert len(again) == sum(2 for i in range(4 * moment) if i % 5)
     assert (report.read, report.written, report.resumed, report.counts) == (23, 36, 4 * moment, {"words": 23})
     check_complete(output)
 
@@ -111,9 +118,9 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import tests.data.pipeline.test_stage as t
-def slowly(items, number):
+def slowly(items):
     time.sleep(0.01)
-    return t.work(items, number)
+    return t.work(items)
 print("begun", flush=True)
 t.run(Path(sys.argv[1]), Path(sys.argv[2]), work=slowly, chunk=2)
 """
@@ -194,17 +201,25 @@ def test_bad_records_stop_or_are_counted(tmp_path, bad, reason, words_of_error):
     assert (report.read, report.skipped) == (3, {reason: 1})
 
 
+def test_a_run_that_a_bad_record_stopped_goes_on_without_it(tmp_path):
+    values = [*({"id": f"w{i}", "text": "a"} for i in range(6)), {"id": "bad"}, {"id": "last", "text": "b"}]
+    source = write(tmp_path / "words.jsonl", values)
+    run(source, tmp_path / "whole.jsonl", on_bad="skip")
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(StepDPOError, match="or leave such records out with --on-bad skip"):
+        run(source, output)
+    report = run(source, output, on_bad="skip")
+    assert (report.resumed, report.read, report.skipped) == (4, 8, {"unreadable": 1})
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    with pytest.raises(StepDPOError, match="begun with on_bad 'skip', and now it is 'stop'"):
+        run(source, output)
+
+
 def test_skipped_records_are_counted_once_when_it_goes_on(tmp_path):
     values = [{"id": f"w{i // 2}", "text": "a"} for i in range(20)]  # every id twice
     source = write(tmp_path / "words.jsonl", values)
-
-    def stop(items: list[Word], number: int) -> Chunk:
-        if number == 1:
-            raise KeyboardInterrupt
-        return work(items, number)
-
     with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "out.jsonl", work=stop, on_bad="skip")
+        run(source, tmp_path / "out.jsonl", work=stops_at(1), on_bad="skip")
     report = run(source, tmp_path / "out.jsonl", on_bad="skip")
     assert (report.read, report.skipped, report.counts) == (20, {"duplicate ids": 10}, {"words": 10})
     assert len(lines(tmp_path / "out.jsonl")) == 20
@@ -216,7 +231,6 @@ def test_another_run_is_not_continued(words, tmp_path):
     for options, said in (
         ({"settings": {"a": 2}}, "begun with a 1, and now it is 2"),
         ({"settings": {"a": 1, "b": "x"}}, "begun with b None, and now it is 'x'"),
-        ({"chunk": 5}, "begun with chunk 4, and now it is 5"),
     ):
         with pytest.raises(StepDPOError, match=said):
             run(words, output, **options)
@@ -252,10 +266,10 @@ def test_what_is_not_ours_is_left_alone(words, tmp_path):
 def test_two_processes_do_not_write_one_output(words, tmp_path):
     output = tmp_path / "out.jsonl"
 
-    def nested(items: list[Word], number: int) -> Chunk:
+    def nested(items: list[Word]) -> Chunk:
         with pytest.raises(StepDPOError, match="being written by another process"):
             run(words, output)
-        return work(items, number)
+        return work(items)
 
     assert run(words, output, work=nested).complete
 
@@ -269,7 +283,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     code = (
         "import resource, sys; from pathlib import Path; import tests.data.pipeline.test_stage as t;"
         "usage = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024; before = usage();"
-        "t.run(Path(sys.argv[1]), Path(sys.argv[2]), chunk=20000, work=lambda w, n: t.Chunk([], t.Counter()));"
+        "t.run(Path(sys.argv[1]), Path(sys.argv[2]), chunk=20000, work=lambda w: t.Chunk([], t.Counter()));"
         "print(usage() - before)"
     )
     said = subprocess.run(
@@ -277,6 +291,26 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     )
     assert said.returncode == 0, said.stderr
     assert float(said.stdout) < 40
+
+
+def test_an_output_is_not_its_own_input(words, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "words.jsonl").write_bytes(words.read_bytes())
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(words)
+    for source, output in ((words, words), (words, link), (folder, folder / "out.jsonl"), (folder, folder / "a.json")):
+        with pytest.raises(StepDPOError, match="is what is to be read: name another file"):
+            stage_input(source, output)
+    for source, output in ((words, tmp_path / "out.jsonl"), (folder, tmp_path / "out.jsonl"), (folder, folder / "out")):
+        assert len(list(stage_input(source, output))) == 23
+    run(folder / "words.jsonl", folder / "out")
+    assert len(list(stage_input(folder, tmp_path / "x.jsonl", limit=5))) == 5  # the run file is no data
+    assert len(list(stage_input(folder, tmp_path / "x.jsonl"))) == 23
+    (folder / "train.jsonl").write_bytes(words.read_bytes())
+    assert len(list(stage_input(folder, folder / "out.jsonl"))) == 23  # which is not of the split
+    with pytest.raises(StepDPOError, match="is what is to be read"):
+        stage_input(folder, folder / "train-2.jsonl")
 
 
 def test_seen_keys():

@@ -4,17 +4,16 @@ r"""The arithmetic that a text states, checked exactly. No text is evaluated: nu
     [Equation("3 * 4 = 12", True), Equation("12 - 5 = 8", False)]
 
 What is read: + - * / ^, x and × between numbers, "plus", "divided by", parentheses, products such as 2(3 + 4),
-decimals,
-thousands' separators, money, percent ("20% of 50", "50 * 20%"), mixed numbers, LaTeX (\frac, \times, \cdot, \$, \%),
-GSM8K's notes <<48/2=24>>, words after numbers ("5 eggs * 2 = 10 eggs", "$2/egg"), and chains a = b = c.
+decimals, thousands' separators, money, percent ("20% of 50", "50 * 20%"), mixed numbers, LaTeX (\frac, \times, \cdot,
+\$, \%), GSM8K's notes <<48/2=24>>, words after numbers ("5 eggs * 2 = 10 eggs", "$2/egg"), and chains a = b = c.
 
 What holds: both sides have the same exact value (fractions, no floating point). A right side with a decimal point is
 also right when the left side, rounded or cut off to as many places, is the same; after ≈ a whole number is, too. With a
 modulus, sides that differ by a multiple of it are the same.
 
 What is left alone, because a false alarm is worse: equations with a variable, without an operator on either side
-("12 inches = 1 foot"), with a percentage that is added, whose sides do not hold and are measured in different units, or
-that begin or go on in a way which is not read.
+("12 inches = 1 foot"), with a percentage or another unit that is added ("1 hour + 30 minutes"), whose sides do not hold
+and are measured in different units, or that begin or go on in a way which is not read.
 """
 
 from __future__ import annotations
@@ -49,7 +48,8 @@ class _Token(NamedTuple):
 class _Value(NamedTuple):
     """value: exact; places: digits after a decimal point; None for a plain number without one; unit: the last words.
 
-    operators: how many there were; percent: the number has the sign; added: a percentage was added to something
+    operators: how many there were; percent: the number has the sign; added: a percentage was added to something, or
+    minutes to hours
     """
 
     value: Fraction
@@ -65,6 +65,8 @@ class _Unread(Exception):  # noqa: N818 (never leaves this module)
 
 
 _LATEX = (
+    (re.compile(r"(?<=\d)\s*\\[dt]?frac\s*\{(\d{1,3})\}\s*\{(\d{1,3})\}"), r" \1/\2"),
+    (re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)"), r"((\1)/(\2))"),
     (re.compile(r"\\[dt]?frac\s*\{([^{}]{1,60})\}\s*\{([^{}]{1,60})\}"), r"((\1)/(\2))"),
     (re.compile(r"\\(?:times|cdot|ast)(?![a-zA-Z])"), "*"),
     (re.compile(r"\\div(?![a-zA-Z])"), "/"),
@@ -75,6 +77,8 @@ _LATEX = (
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"<<([^<>]{0,200})>>"), r" ; \1 ; "),
     (re.compile(r"\{,\}"), ","),
+    (re.compile("²"), "^2"),
+    (re.compile("³"), "^3"),
     (re.compile(r"\\\(|\\\)|\\\[|\\\]|\*\*(?=\D)|(?<=\D)\*\*"), " "),
 )
 _TOKEN = re.compile(
@@ -204,9 +208,11 @@ def _ends(tokens: list[_Token], end: int, high: int) -> bool:
         if follows.text in ("and", "plus", "with") and end + 1 < high and tokens[end + 1].kind in ("number", "money"):
             return False  # 17/3 = 5 and 2/3
         return len(follows.text) > 1 and follows.text.casefold() not in _SCALES
+    if follows.text == ":":  # 10/6 = 5:3
+        return end + 1 >= high or tokens[end + 1].kind != "number"
     if follows.kind == "-":  # before a word it is a dash
         return end + 1 < high and tokens[end + 1].kind == "word" and len(tokens[end + 1].text) > 1
-    return follows.kind in ("", ")", "money")
+    return follows.kind in (")", "money") or (follows.kind == "" and follows.text not in ("!", "√", "π", "\\"))
 
 
 def _may_be_meant_otherwise(tokens: list[_Token], start: int, low: int, a: _Value, b: _Value) -> bool:
@@ -220,7 +226,7 @@ def _may_be_meant_otherwise(tokens: list[_Token], start: int, low: int, a: _Valu
         return low > 0 and tokens[start - 1].kind in ("+", "-", "*", "/", "^", "(", "%")
     previous = tokens[start - 1]
     joined = previous.end == tokens[start].start  # 6:00 + 48, 16,0000 / 10, a_1 + 3, sqrt(16) + 1
-    if joined and (previous.text in tuple(":,._'") or (previous.kind == "word" and tokens[start].kind == "(")):
+    if joined and (previous.text in tuple(":,._'√") or (previous.kind == "word" and tokens[start].kind == "(")):
         return True
     if previous.kind in ("+", "-", "*", "/", "^", "(", "%", "number"):
         return True
@@ -258,6 +264,12 @@ def _same(a: _Value, b: _Value, roughly: bool, modulus: int | None) -> bool:
     return difference <= unit / 2 or (difference < unit and abs(b.value) < abs(a.value))
 
 
+def _mixed(a: str, b: str) -> bool:
+    """Whether these are two units of one kind, such as hours and minutes."""
+    a, b = a.casefold(), b.casefold()
+    return a.removesuffix("s") != b.removesuffix("s") and a in _FAMILY and _FAMILY[a] == _FAMILY.get(b)
+
+
 class _Reader:
     """Precedence climbing over tokens[at:end]. Raises _Unread for what is no expression."""
 
@@ -273,7 +285,7 @@ class _Reader:
             sign = 1 if self.kind() == "+" else -1
             self.at += 1
             other = self.term()
-            added = value.added or other.added or (value.percent != other.percent)
+            added = value.added or other.added or value.percent != other.percent or _mixed(value.unit, other.unit)
             value = _Value(
                 value.value + sign * other.value,
                 None,

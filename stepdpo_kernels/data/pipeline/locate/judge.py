@@ -18,6 +18,7 @@ from stepdpo_kernels.data.pipeline.locate.prompt import JudgePrompt
 from stepdpo_kernels.data.pipeline.locate.protocol import Location, Verdicts, verify_by_locating
 from stepdpo_kernels.data.pipeline.locate.reply import SCHEMA, read_reply
 from stepdpo_kernels.data.pipeline.solution import Solution
+from stepdpo_kernels.data.pipeline.stage import seed_for
 from stepdpo_kernels.types import StepDPOError
 
 AGAIN = 0.5  # least temperature of a further try: at 0 the same reply would come again
@@ -97,8 +98,7 @@ class JudgeLocator:
         """As Locator says. Also raises StepDPOError when the server fails on each of two or more solutions, or refuses
         each of them and has taken none before."""
         before = asdict(self._client.usage)
-        asked = [(solution, (seed + k * self._tries) % 2**31) for k, solution in enumerate(solutions)]
-        locations = self._client.map(self._judge, asked)
+        locations = self._client.map(self._judge, [(solution, seed) for solution in solutions])
         hopeless = ("no reply",) if self._answered else ("no reply", "request refused")
         failures = [location.explanation for location in locations if location.problem in hopeless]
         if len(failures) == len(locations) > 1:
@@ -119,7 +119,7 @@ class JudgeLocator:
         if not count:
             return Location(None, problem="no steps")
         for tried in range(self._tries):
-            reply = await self._ask(session, solution, seed + tried, again=tried > 0)
+            reply = await self._ask(session, solution, seed_for(seed, f"{solution.id}/{tried}"), again=tried > 0)
             if reply.error:
                 problem = "request refused" if reply.error.startswith(REFUSED) else "no reply"
                 return Location(None, reply.error, problem, Counter(unreadable_replies=tried))

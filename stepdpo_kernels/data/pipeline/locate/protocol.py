@@ -39,7 +39,7 @@ class Locator(Protocol):
     def settings(self) -> dict[str, object]: ...
 
     def locate(self, solutions: Sequence[Solution], seed: int) -> list[Location]:
-        """One location for each solution, in order. seed: for locators that sample; another for every call.
+        """One location for each solution, in order, whatever others there are. seed: for locators that sample.
 
         Raises StepDPOError when nothing can be located at all (no server, refused key); what fails for one solution
         is a Location of step None.

@@ -15,10 +15,11 @@ from stepdpo_kernels.data.generation import Completion, Generator, Prompt, Sampl
 from stepdpo_kernels.data.pipeline.grading import Checker, grade
 from stepdpo_kernels.data.pipeline.locate.protocol import Location, Verdicts
 from stepdpo_kernels.data.pipeline.solution import Solution
-from stepdpo_kernels.data.pipeline.stage import chunk_seed
+from stepdpo_kernels.data.pipeline.stage import seed_for
 from stepdpo_kernels.types import StepDPOError
 
 SEARCHES = ("binary", "linear")
+FAILED = "continuations failed"
 
 
 @dataclass
@@ -46,7 +47,8 @@ class RolloutLocator:
                 after the other
 
     The last step of a wrong solution needs no continuation. A solution is undecided where no continuation of its
-    prompt alone is right: the model cannot solve the problem at all. All solutions of a call are continued together.
+    prompt alone is right: the model cannot solve the problem at all; and where none is right after a step, but some
+    failed. All solutions of a call are continued together.
     """
 
     name = "rollout"
@@ -71,16 +73,18 @@ class RolloutLocator:
         solvable = dict(zip(map(id, asked), self._reach([(search, 0) for search in asked], seed), strict=True))
         for i, search in enumerate(searches):
             if i not in located and not solvable[id(search)]:
-                problem = "no continuation of the prompt is right"
+                problem = FAILED if solvable[id(search)] is None else "no continuation of the prompt is right"
                 located[i] = Location(None, problem=problem, counts=search.counts)
         rest = {i: search for i, search in enumerate(searches) if i not in located}
         number = 0
-        while opened := [search for search in rest.values() if search.open]:
+        while opened := {i: search for i, search in rest.items() if search.open}:
             number += 1
-            steps = [self._next(search) for search in opened]
-            reached = self._reach(list(zip(opened, steps, strict=True)), chunk_seed(seed, number))
-            for search, k, right in zip(opened, steps, reached, strict=True):
-                if right:
+            steps = [self._next(search) for search in opened.values()]
+            reached = self._reach(list(zip(opened.values(), steps, strict=True)), seed_for(seed, number))
+            for (i, search), k, right in zip(opened.items(), steps, reached, strict=True):
+                if right is None:
+                    located[i] = Location(None, f"after step {k}", FAILED, rest.pop(i).counts)
+                elif right:
                     search.good = k
                 else:
                     search.bad = k
@@ -97,15 +101,18 @@ class RolloutLocator:
     def _next(self, search: _Search) -> int:
         return search.good + 1 if self.search == "linear" else (search.good + search.bad) // 2
 
-    def _reach(self, asked: list[tuple[_Search, int]], seed: int) -> list[bool]:
-        """For each search and step k whether one of n continuations after it has the right answer."""
-        right = [False] * len(asked)
+    def _reach(self, asked: list[tuple[_Search, int]], seed: int) -> list[bool | None]:
+        """For each search and step k whether one of n continuations after it has the right answer.
+
+        None where none has it and some failed.
+        """
+        right, failed = [False] * len(asked), [False] * len(asked)
         done, size, number = 0, max(1, self.sampling.n // 4), 0
         while done < self.sampling.n and not all(right):
             size = min(size, self.sampling.n - done)
             rest = [i for i, ok in enumerate(right) if not ok]
             prompts = [_prompt(search.solution, k) for search, k in (asked[i] for i in rest)]
-            sampling = replace(self.sampling, n=size, seed=chunk_seed(seed, number), logps=False)
+            sampling = replace(self.sampling, n=size, seed=seed_for(seed, number), logps=False)
             drawn = self.generator.generate(prompts, sampling)
             every: list[tuple[int, Prompt, Completion]] = [
                 (i, prompt, completion)
@@ -114,11 +121,12 @@ class RolloutLocator:
             ]
             golds = [asked[i][0].solution.answer for i, _, _ in every]
             grades = grade(golds, [p.begun for _, p, _ in every], [c for _, _, c in every], self.checker)
-            for (i, _, _), graded in zip(every, grades, strict=True):
+            for (i, _, completion), graded in zip(every, grades, strict=True):
                 right[i] |= graded.verdict == "right"
+                failed[i] |= completion.finish == "failed"
                 asked[i][0].counts["continuations"] += 1
             done, size, number = done + size, size * 2, number + 1
-        return right
+        return [None if bad and not ok else ok for ok, bad in zip(right, failed, strict=True)]
 
 
 def _prompt(solution: Solution, k: int) -> Prompt:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from os import PathLike
 
 from stepdpo_kernels.data.pipeline.locate.protocol import Location, Locator
 from stepdpo_kernels.data.pipeline.locate.score import Agreement, agreement
 from stepdpo_kernels.data.pipeline.solution import Solution
-from stepdpo_kernels.data.pipeline.stage import Chunk, StageReport, check_complete, chunk_seed, run_stage
+from stepdpo_kernels.data.pipeline.stage import Chunk, StageReport, check_complete, run_stage, seed_for, stage_input
 from stepdpo_kernels.data.sources import open_source
 from stepdpo_kernels.types import StepDPOError
 
@@ -42,14 +41,13 @@ def locate(
     if not partial:
         check_complete(solutions)
 
-    def work(batch: list[Solution], number: int) -> Chunk:
+    def work(batch: list[Solution]) -> Chunk:
         counts = Counter[str]()
         asked = [solution for solution in batch if solution.verdict != "right"]
         if len(asked) < len(batch):
             counts["right solutions"] += len(batch) - len(asked)
-        at = chunk_seed(seed, number)
-        locations = locator.locate(asked, at) if asked else []
-        others = compare.locate(asked, chunk_seed(at, 1)) if asked and compare is not None else []
+        locations = locator.locate(asked, seed_for(seed, "locate")) if asked else []
+        others = compare.locate(asked, seed_for(seed, "compare")) if asked and compare is not None else []
         records = []
         for i, (solution, location) in enumerate(zip(asked, locations, strict=True)):
             counts[_outcome(location)] += 1
@@ -68,7 +66,7 @@ def locate(
 
     return run_stage(
         "locate",
-        islice(open_source(solutions, "train", columns=None, keep_bad=True).records, limit),
+        stage_input(solutions, output, limit=limit),
         output,
         settings={
             "locator": settings(locator),
