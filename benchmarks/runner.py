@@ -282,15 +282,29 @@ def as_rows(
 
 
 def ratio_rows(base: Row, workload: Workload, seconds: dict[str, list[float]]) -> list[Row]:
-    """Of `base`'s provider to the fastest floor and to the fastest peer of the case, round by round."""
+    """Of `base`'s provider to the floor and to the fastest peer of the case, round by round."""
     rows = []
-    for metric, role in (("of_floor", "floor"), ("of_best_peer", "peer")):
-        names = [p.name for p in workload.providers if p.role == role and p.name in seconds]
-        if names:
-            best = min(names, key=lambda name: median(seconds[name]))
+    for metric, best in (
+        ("of_floor", floor_of(workload, seconds)),
+        ("of_best_peer", fastest("peer", workload, seconds)),
+    ):
+        if best:
             ratios = tuple(a / b for a, b in zip(seconds[base.provider], seconds[best], strict=False))
             rows.append(replace(base, metric=metric, unit="x", values=ratios, note=f"of {best}"))
     return rows
+
+
+def fastest(role: str, workload: Workload, seconds: dict[str, list[float]], bound: str = "") -> str:
+    """Of a role, and of a bound where one is named; empty where none of them ran."""
+    names = [p.name for p in workload.providers if p.role == role and p.name in seconds and bound in ("", p.bound)]
+    return min(names, key=lambda name: median(seconds[name]), default="")
+
+
+def floor_of(workload: Workload, seconds: dict[str, list[float]]) -> str:
+    """The fastest way to each bound, and of these the slowest."""
+    bounds = dict.fromkeys(p.bound for p in workload.providers if p.role == "floor")
+    names = filter(None, (fastest("floor", workload, seconds, bound) for bound in bounds))
+    return max(names, key=lambda name: median(seconds[name]), default="")
 
 
 def once(answer: Answer) -> Iterator[tuple[str, str, float]]:

@@ -123,6 +123,16 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert of["seconds"].median == 2.2
 
 
+def test_the_floor_is_the_slowest_bound_by_its_fastest_way() -> None:
+    workload, of = head_rows(), {"products": [3.0, 3.0], "products-onednn": [2.0, 2.0], "bytes": [1.0, 1.0]}
+    assert runner.floor_of(workload, of) == "products-onednn"
+    assert runner.floor_of(workload, {**of, "bytes": [2.5, 2.5]}) == "bytes"
+    assert runner.floor_of(workload, {"ours": [1.0]}) == ""
+    base = runner.row_of(workload, workload.providers[0], workload.cases("cpu", "tiny")[0], context([]))
+    (row,) = runner.ratio_rows(replace(base, provider="products"), workload, of)
+    assert (row.metric, row.values, row.note) == ("of_floor", (1.5, 1.5), "of products-onednn")
+
+
 def test_what_there_is_no_time_for_says_so() -> None:
     kept: list[Row] = []
     late = context(kept, only=("products", "ours"), deadline=time.monotonic())

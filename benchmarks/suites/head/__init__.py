@@ -23,6 +23,7 @@ _ROWS = "for any gradient of each row"
 PROVIDERS = (
     Provider("products", "floor", "as many plain matrix products as the mode needs, and no loss"),
     Provider("products-onednn", "floor", "the same through oneDNN, whatever torch's BLAS is", devices=("cpu",)),
+    Provider("bytes", "floor", "a copy that reads W once and, where there is a dW, writes as much", bound="bytes"),
     Provider("ours", "ours", f"linear_logprob as it comes, {_ROWS}"),
     Provider("ours-memory", "ours", "the C++ operator when it may keep nothing beside dW", devices=("cpu",)),
     Provider("ours-triton-chunked", "ours", "linear_logprob(impl='triton_chunked')", devices=("cuda",)),
