@@ -22,7 +22,7 @@ LOAD_PROVIDERS = (
     Provider("transformers", "peer", "JSON lines, then one call of the tokenizer for prefixes and one for branches"),
 )
 PACK_PROVIDERS = (
-    Provider("concatenate", "floor", "all tokens of all branches into one array, and back into a tensor", bound="bytes"),
+    Provider("concatenate", "floor", "all tokens of all branches into one array, and into a tensor"),
     Provider("ours", "ours", f"pack_pairs, {BUDGET:,} tokens a batch, every common prefix once"),
     Provider("ours-pair", "ours", "the same, prefixes shared within pairs alone"),
     Provider("ours-none", "ours", "the same, nothing shared"),
