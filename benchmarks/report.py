@@ -22,7 +22,8 @@ OURS = "ours"  # the provider that is what users get; the other ones of ours are
 
 def write_report(folder: Path) -> Path:
     """Writes folder/README.md and folder/plots; returns the former's path."""
-    rows = read(folder)
+    order = [workload.name for workload in workloads()]
+    rows = sorted(read(folder), key=lambda row: order.index(row.workload) if row.workload in order else len(order))
     plots = {path.stem for path in plot_all(folder)}
     environment = folder / "environment.json"
     told = json.loads(environment.read_text()) if environment.exists() else {}
