@@ -33,13 +33,14 @@ def run(options: argparse.Namespace) -> None:
     tests = run_tests(output, options.time_limit * TESTS_SHARE, "tests/gpu" if options.dry else "tests")
     print(f"tests marked gpu: {tests['summary']}", flush=True)
     size, device = ("tiny", "cpu") if options.dry else ("quick", "cuda")
+    rounds = 1 if options.dry else session.ROUNDS[size]
     for suite, share in SHARES.items():
         now = time.monotonic()
         context = session.context(
             argparse.Namespace(
                 suite=suite, device=device, providers=None, threads=0, timeout=PROVIDER_SECONDS, dry=options.dry
             ),
-            rounds=session.ROUNDS[size],
+            rounds=rounds,
             deadline=now + share * (end - now),
         )
         session.run(session.chosen(suite, None), size, context, output, tests=False)

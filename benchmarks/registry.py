@@ -83,7 +83,8 @@ class Workload:
     kinds:      keys of a case on which being right may depend: errors are measured once for each combination
     tests:      pytest's names of tests that must be green; where they are not, ours has no figures
     runner:     the module whose `measure` and `verify` take the workload
-    dry:        providers of a dry run, which walks through what a GPU would run: the floor, ours, a peer
+    dry:        providers of a dry run, which walks through what a GPU would run: the floor, ours, a peer; empty where
+                another workload of the suite goes the same way
     """
 
     name: str

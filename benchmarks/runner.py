@@ -212,7 +212,7 @@ class Pool:
         """The provider's case is done."""
         if provider not in self._open:
             return
-        if self._context.device == "cuda":
+        if self._context.device == "cuda" or self._context.dry:  # a dry run does as on a GPU
             self.ask(provider, {"do": "forget"})
         else:
             self._close(provider)

@@ -84,6 +84,8 @@ def run(chosen: list[Workload], size: str, context: Context, output: Path, tests
 
         context.keep = keep
         for workload in mine:
+            if not context.providers(workload):
+                continue
             cases = workload.cases(context.device, size)
             console.rule(f"{workload.name}: {workload.title} ({time.monotonic() - began:.0f} s)")
             import_module(workload.runner).measure(workload, cases, context, gates.of(workload, red))

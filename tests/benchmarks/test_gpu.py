@@ -29,7 +29,7 @@ def test_the_dry_form_walks_through_all_of_it(tmp_path: Path) -> None:
     assert tests["status"] == 0
     found = {(row.workload, row.provider): row for row in rows.read(tmp_path) if row.metric == "seconds"}
     for workload in workloads():
-        if workload.suite in gpu.SHARES and workload.cases("cpu", "tiny"):
+        if workload.suite in gpu.SHARES:
             for name in workload.dry:
                 row = found[workload.name, name]
                 assert row.status in ("ok", "absent"), (workload.name, name, row.status, row.note)
@@ -65,7 +65,7 @@ def test_each_suite_leaves_time_to_the_next() -> None:
     assert left > 0.15
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_trainers_one_after_another(mode: str) -> None:
     """Those that would not fit into a GPU's memory together: the same rows as when they take turns."""
     if mode == "lora":

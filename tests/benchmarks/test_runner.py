@@ -159,7 +159,7 @@ def test_an_interrupt_leaves_rows_and_a_report(tmp_path: Path) -> None:
         if len(children.read_text().split()) >= 2:
             break
         time.sleep(0.1)
-    time.sleep(15)
+    time.sleep(8)
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 130, told

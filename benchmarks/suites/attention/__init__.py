@@ -78,7 +78,7 @@ def by_pairs(device: str, size: str) -> list[Case]:
 
 def _workload(name: str, title: str, x: str, x_label: str, cases: Any) -> Workload:
     kinds = ("dtype", "mode", "heads")
-    dry = ("products", "ours", "ours-triton", "padded-sdpa")
+    dry = ("products", "ours", "ours-triton", "padded-sdpa") if name == "attention-prefix" else ()
     return Workload(name, "attention", "tree_attention", title, x, x_label, cases, PROVIDERS, kinds, TESTS, dry=dry)
 
 

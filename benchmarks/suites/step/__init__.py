@@ -99,7 +99,7 @@ def training_lora(device: str, size: str) -> list[Case]:
 
 
 def _model(name: str, title: str, x: str, x_label: str, cases: Any) -> Workload:
-    dry = ("products", "ours", "padded-rows")
+    dry = ("products", "ours", "padded-rows") if name == "model-pairs" else ()
     return Workload(name, "step", "forward_backward", title, x, x_label, cases, MODEL_PROVIDERS, tests=TESTS, dry=dry)
 
 
@@ -107,7 +107,7 @@ def _training(name: str, title: str, cases: Any) -> Workload:
     return Workload(
         *(name, "step", "training_step", title, "pairs_per_step", "pairs of an optimiser step"),
         *(cases, TRAINING_PROVIDERS, ("mode",), TESTS, "benchmarks.suites.step.trainers"),
-        dry=("products", "ours", "trl"),
+        dry=("products", "ours", "trl") if name == "step-training" else (),
     )
 
 
