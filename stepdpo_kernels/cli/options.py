@@ -118,6 +118,8 @@ class GeneratorOptions:
             raise StepDPOError(
                 f"--backend {backend}: a server and its address belong together, got --base-url {self.base_url!r}"
             )
+        if self.continuous and backend is not Backend.TRANSFORMERS:
+            raise StepDPOError(f"--continuous is of --backend transformers, got {backend}: leave it out")
         if backend is Backend.OPENAI:
             return self._openai()
         return self._vllm() if backend is Backend.VLLM else self._transformers()

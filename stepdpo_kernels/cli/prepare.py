@@ -169,11 +169,13 @@ def _total(path: str, limit: int | None) -> int | None:
     return lines if limit is None else min(lines, limit)
 
 
-def _check_places(source: str, output: Path, split: str = "train") -> None:
+def _check_places(source: str, output: Path, split: str = "train", *, partial: bool = True) -> None:
     """Before a model is loaded: that there is something to read, and a folder to write to."""
-    from stepdpo_kernels.data.pipeline.stage import stage_input
+    from stepdpo_kernels.data.pipeline.stage import check_complete, stage_input
 
     stage_input(source, output, split)  # what is no path is asked of the hub later
+    if not partial:
+        check_complete(source)
     if not output.parent.is_dir():
         raise StepDPOError(f"output {str(output)!r}: there is no folder {str(output.parent)!r}")
 
@@ -224,6 +226,7 @@ def collect(
     from stepdpo_kernels.data.pipeline.collect import collect
 
     _check_places(problems, output, split)
+    draw, cut = sampling.build(n, logps=not generator.continuous), step.build()
     total = _total(problems, stage.limit)
     with AnswerChecker(workers=workers, seconds=SECONDS) as checker, _progress("collect", total) as progress:
         report = collect(
@@ -231,11 +234,11 @@ def collect(
             output,
             generator.build(),
             checker,
-            sampling.build(n, logps=not generator.continuous),
+            draw,
             split=split,
             format=format,
             beginning=beginning.replace("\\n", "\n"),
-            steps=step.build(),
+            steps=cut,
             keep=keep.value,
             chunk=stage.chunk,
             limit=stage.limit,
@@ -265,7 +268,7 @@ def locate(
     from stepdpo_kernels.answers import AnswerChecker
     from stepdpo_kernels.data.pipeline.locate.stage import agreement_of, locate
 
-    _check_places(solutions, output)
+    _check_places(solutions, output, partial=stage.partial)
     with (
         AnswerChecker(workers=workers, seconds=SECONDS) as checker,
         _progress("locate", _total(solutions, stage.limit)) as progress,
@@ -286,7 +289,7 @@ def locate(
             progress=progress,
         )
     _tell(report)
-    if compare is not None:
+    if compare is not None and report.written:
         typer.echo(f"\nAgreement of {locator} (a) and {compare} (b)\n{agreement_of(output)}")
 
 
@@ -329,7 +332,9 @@ def rectify(
     from stepdpo_kernels.answers import AnswerChecker
     from stepdpo_kernels.data.pipeline.rectify import rectify
 
-    _check_places(located, output)
+    _check_places(located, output, partial=stage.partial)
+    draw, cut = sampling.build(n, logps=not generator.continuous), step.build()
+    verifier = None if verify is None else locator.exact() if verify is VerifierName.EXACT else locator.judge()
     total = _total(located, stage.limit)
     with AnswerChecker(workers=workers, seconds=SECONDS) as checker, _progress("rectify", total) as progress:
         report = rectify(
@@ -337,9 +342,9 @@ def rectify(
             output,
             generator.build(),
             checker,
-            sampling.build(n, logps=not generator.continuous),
-            steps=step.build(),
-            verifier=None if verify is None else locator.exact() if verify is VerifierName.EXACT else locator.judge(),
+            draw,
+            steps=cut,
+            verifier=verifier,
             max_chosen=max_chosen,
             dataset=dataset,
             chunk=stage.chunk,
