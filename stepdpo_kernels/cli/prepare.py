@@ -15,9 +15,9 @@ import typer
 from stepdpo_kernels._bars import open_bar
 from stepdpo_kernels._errors import StepDPOError
 from stepdpo_kernels.cli.options import (
+    ConversionOptions,
     GeneratorOptions,
     LaterStageOptions,
-    OnBad,
     SamplingOptions,
     StageOptions,
     StepOptions,
@@ -240,11 +240,8 @@ def collect(
             beginning=beginning.replace("\\n", "\n"),
             steps=cut,
             keep=keep.value,
-            chunk=stage.chunk,
-            limit=stage.limit,
-            on_bad=stage.on_bad.value,
-            overwrite=stage.overwrite,
             progress=progress,
+            **vars(stage),
         )
     _tell(report)
 
@@ -281,12 +278,8 @@ def locate(
             first,
             compare=second,
             seed=sampling.seed,
-            chunk=stage.chunk,
-            limit=stage.limit,
-            on_bad=stage.on_bad.value,
-            overwrite=stage.overwrite,
-            partial=stage.partial,
             progress=progress,
+            **vars(stage),
         )
     _tell(report)
     if compare is not None and report.written:
@@ -347,12 +340,8 @@ def rectify(
             verifier=verifier,
             max_chosen=max_chosen,
             dataset=dataset,
-            chunk=stage.chunk,
-            limit=stage.limit,
-            on_bad=stage.on_bad.value,
-            overwrite=stage.overwrite,
-            partial=stage.partial,
             progress=progress,
+            **vars(stage),
         )
     _tell(report)
 
@@ -363,58 +352,47 @@ def import_(
     source: Annotated[str, typer.Argument(help="Their data: JSONL, JSON, Parquet, a folder, or a hub id.")],
     output: Output,
     step: StepOptions,
+    conversion: ConversionOptions,
     format: Annotated[ImportFormat, typer.Option(help="What it is.")],
     max_pairs: Annotated[int | None, typer.Option(min=1, help="prm800k: most pairs of a step.")] = None,
-    split: Annotated[str, typer.Option(help="Of a hub dataset or a folder.")] = "train",
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first so many records.")] = None,
-    on_bad: Annotated[OnBad, typer.Option(help="A record that cannot be read: stop, or skip it.")] = OnBad.STOP,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin again, whatever is there.")] = False,
 ) -> None:
     """Make step pairs of PRM800K, of Math-Step-DPO-10K as it is, or of preferences between whole answers."""
     from stepdpo_kernels.data.importers import import_pairs
 
-    _check_places(source, output, split)
-    with _progress("import", _total(source, limit)) as progress:
+    _check_places(source, output, conversion.split)
+    with _progress("import", _total(source, conversion.limit)) as progress:
         report = import_pairs(
             source,
             output,
             format.value,
             steps=step.build(),
             max_pairs=max_pairs,
-            split=split,
-            limit=limit,
-            on_bad=on_bad.value,
-            overwrite=overwrite,
             progress=progress,
+            **vars(conversion),
         )
     _tell(report)
 
 
 @app.command()
+@spread
 def export(
     pairs: Annotated[str, typer.Argument(help="Step pairs: JSONL, JSON, Parquet, a folder, or a hub id.")],
     output: Output,
+    conversion: ConversionOptions,
     format: Annotated[ExportFormat, typer.Option(help="For what.")],
     template: Annotated[str, typer.Option(help="trl-text: alpaca, deepseek-math, qwen2-boxed or none.")] = "none",
-    split: Annotated[str, typer.Option(help="Of a hub dataset or a folder.")] = "train",
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first so many records.")] = None,
-    on_bad: Annotated[OnBad, typer.Option(help="A record that cannot be read: stop, or skip it.")] = OnBad.STOP,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin again, whatever is there.")] = False,
 ) -> None:
     """Write step pairs for TRL or for LLaMA-Factory."""
     from stepdpo_kernels.data.exporters import export_pairs
 
-    _check_places(pairs, output, split)
-    with _progress("export", _total(pairs, limit)) as progress:
+    _check_places(pairs, output, conversion.split)
+    with _progress("export", _total(pairs, conversion.limit)) as progress:
         report = export_pairs(
             pairs,
             output,
             format.value,
             template=template,
-            split=split,
-            limit=limit,
-            on_bad=on_bad.value,
-            overwrite=overwrite,
             progress=progress,
+            **vars(conversion),
         )
     _tell(report)
