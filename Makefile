@@ -14,13 +14,14 @@
 #     make bench   our own hot paths, to see regressions between two commits
 #     make picture the README's picture of the benchmarks, from their results
 #     make gpu     the tests that need a GPU, then the benchmarks; DRY=1 without one
+#     make sanitize  Triton kernels under compute-sanitizer, on a GPU
 #     make clean   remove what these targets made
 #
 # On a machine that has torch, pytest and the rest, make PY=python test uses those and installs nothing.
 
 .DELETE_ON_ERROR:
 .PHONY: demo test slow kernels trl transformers llama-factory openrlhf axolotl lint bench benchmarks \
-	picture gpu clean env
+	picture gpu sanitize clean env
 
 PYTHON ?= python3
 # Alone and first: asking for "torch" together with the rest would let pip choose another one.
@@ -106,6 +107,11 @@ benchmarks: $(ENV)
 # Within nine minutes on one H100; DRY=1 walks through the same without a GPU.
 gpu: $(ENV)
 	$(PY) -m benchmarks gpu $(if $(DRY),--dry) --output $(if $(filter runs/bench,$(OUTPUT)),runs/gpu,$(OUTPUT))
+
+# Every Triton kernel on small shapes under compute-sanitizer, which comes with CUDA's toolkit.
+sanitize: $(ENV)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m pytest -m gpu tests/gpu -q -p no:cacheprovider \
+		-k "heads_are_as_good or segment_sums or (attention_backends_are_as_good and triton)"
 
 # The picture of the README, from results that are there.
 RESULTS ?= $(lastword $(sort $(wildcard benchmarks/results/*)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.registry import SIZES, SUITES
+
+TUNED = ("head-chunked", "head-fused", "attention-forward", "attention-dq", "attention-dk")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,6 +56,14 @@ def parser() -> argparse.ArgumentParser:
         "--dry", action="store_true", help="without a GPU: tiny cases on the CPU, to see that all of it runs"
     )
     gpu.set_defaults(command=run_gpu)
+    tune = commands.add_parser("tune", help="candidates for the tiles of our Triton kernels, one against the other")
+    tune.add_argument("kernels", nargs="+", metavar="KERNEL", choices=TUNED, help=f"of {', '.join(TUNED)}")
+    tune.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu: Triton's interpreter, tiny sizes")
+    tune.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    tune.add_argument("--rounds", type=int, default=7, help="over all candidates")
+    tune.add_argument("--candidates", type=int, help="at most so many, the one in use among them")
+    tune.add_argument("--time-limit", type=float, default=240, help="seconds for each kernel")
+    tune.set_defaults(command=run_tune)
     plot = commands.add_parser("plot", help="plots and report of a folder of results, from its CSV files alone")
     plot.add_argument("results", type=Path)
     plot.add_argument("--picture", type=Path, metavar="FILE", help="the README's picture, to FILE (SVG), and no more")
@@ -81,6 +92,20 @@ def run_gpu(options: argparse.Namespace) -> None:
     from benchmarks import gpu
 
     with_report(lambda: gpu.run(options), options.output)
+
+
+def run_tune(options: argparse.Namespace) -> None:
+    if options.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    from benchmarks import tune
+
+    for kernel in options.kernels:
+        end = time.monotonic() + options.time_limit
+
+        def left(end: float = end) -> float:
+            return end - time.monotonic()
+
+        tune.tune(kernel, options.device, options.dtype, options.rounds, options.candidates, left)
 
 
 def with_report(measure: Callable[[], None], output: Path) -> None:

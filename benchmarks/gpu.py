@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     end = time.monotonic() + options.time_limit
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
-    tests = run_tests(output, options.time_limit * TESTS_SHARE)
+    tests = run_tests(output, options.time_limit * TESTS_SHARE, "tests/gpu" if options.dry else "tests")
     print(f"tests marked gpu: {tests['summary']}", flush=True)
     size, device = ("tiny", "cpu") if options.dry else ("quick", "cuda")
     for suite, share in SHARES.items():
@@ -47,12 +47,12 @@ def run(options: argparse.Namespace) -> None:
         raise SystemExit(f"tests marked gpu: {tests['summary']}; {output / TESTS}.log has all of it")
 
 
-def run_tests(output: Path, seconds: float) -> dict[str, Any]:
+def run_tests(output: Path, seconds: float, tests: str) -> dict[str, Any]:
     """Runs pytest, its output into a file; what was done when the time was up counts."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "-rf", "-p", "no:cacheprovider"]
     log, began = output / f"{TESTS}.log", time.monotonic()
     with log.open("w") as file:
-        process = subprocess.Popen([*command, "tests"], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+        process = subprocess.Popen([*command, tests], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
         try:
             status: int | None = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:

@@ -35,7 +35,7 @@ STYLE = {
 }
 SCALES = {"seconds": (1e3, "ms"), "extra_bytes": (2**-20, "MiB beside inputs and weights"), "tokens": (1, "tokens")}
 PANEL_METRICS = ("seconds", "extra_bytes")
-UNTOLD = ("device", "threads")  # of a configuration: told once, in the report
+UNTOLD = ("threads",)  # of a configuration: told once, in the report
 
 
 def plot_all(folder: Path) -> list[Path]:
@@ -131,7 +131,7 @@ def lines(panel: tuple[str, str, str], rows: Sequence[Row]) -> Any:
         axis.set_ylabel(f"{'time, ' if metric == 'seconds' else 'peak memory, '}{unit}")
         name_ends(axis, ends, {name: look[name]["color"] for name in look})
     figure.suptitle(title(panel), fontsize=9, x=0.01, ha="left")
-    figure.tight_layout()
+    figure.tight_layout(w_pad=3)
     return figure
 
 
@@ -196,7 +196,11 @@ def draw_bar(axis: Any, at: float, row: Row, factor: float, colour: str) -> None
     axis.barh(at, middle, color=colour, alpha=0.85, height=0.7)
     if len(row.values) > 1:
         axis.plot([low, high], [at, at], color=INK, linewidth=1.2)
-    axis.text(max(high, 0), at, f" {middle:,.3g}", va="center", fontsize=7.5, color=INK)
+    axis.text(max(high, 0), at, f" {figure_of(middle)}", va="center", fontsize=7.5, color=INK)
+
+
+def figure_of(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def picture(folder: Path, file: Path) -> None:

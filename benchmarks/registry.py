@@ -55,6 +55,8 @@ class Provider:
     package:   the distribution whose version goes into its rows, where it is not ours or torch itself
     devices:   where it runs
     kernel:    what it computes, where that is not the workload's kernel
+    bound:     of a floor: what it stands for. Floors of one bound are ways to come near it, and the fastest counts; of
+               several bounds the slowest is the floor
     """
 
     name: str
@@ -63,6 +65,7 @@ class Provider:
     package: str = ""
     devices: tuple[str, ...] = ("cpu", "cuda")
     kernel: str = ""
+    bound: str = "products"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Workload:
     x:          the key of a case that varies
     x_label:    of the axis
     cases:      (device, size) -> its cases
-    providers:  the floor is one of them
+    providers:  a floor is among them
     kinds:      keys of a case on which being right may depend: errors are measured once for each combination
     tests:      pytest's names of tests that must be green; where they are not, ours has no figures
     runner:     the module whose `measure` and `verify` take the workload

@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from benchmarks.plots import UNTOLD, plot_all, slug
@@ -22,7 +22,8 @@ OURS = "ours"  # the provider that is what users get; the other ones of ours are
 
 def write_report(folder: Path) -> Path:
     """Writes folder/README.md and folder/plots; returns the former's path."""
-    rows = read(folder)
+    order = [workload.name for workload in workloads()]
+    rows = sorted(read(folder), key=lambda row: order.index(row.workload) if row.workload in order else len(order))
     plots = {path.stem for path in plot_all(folder)}
     environment = folder / "environment.json"
     told = json.loads(environment.read_text()) if environment.exists() else {}
@@ -30,6 +31,7 @@ def write_report(folder: Path) -> Path:
         f"# {told.get('device') or rows[0].device}",
         INTRODUCTION,
         *in_short(rows),
+        *beside_each_peer(rows),
         *losses(rows),
         *absent(rows),
         *tests_on_the_device(folder),
@@ -81,6 +83,28 @@ def in_short(rows: Sequence[Row]) -> list[str]:
     headings = ("workload", "mode", "cases", "time of the floor's", "time of the best peer's", "memory of that peer's")
     note = "`ours` as it comes, geometric mean over the cases and their range."
     return ["## In short", note, table(headings, lines)] if lines else []
+
+
+def beside_each_peer(rows: Sequence[Row]) -> list[str]:
+    """Of `ours` to every peer: time, round by round, and memory, over the cases that both have."""
+    lines = []
+    for name, own in by_workload(rows).items():
+        figures = {(r.mode, r.case, r.provider, r.metric): r for r in own if r.values}
+        for mode in dict.fromkeys(row.mode for row in own):
+            cases = dict.fromkeys(case for m, case, *_ in figures if m == mode)
+            for peer in dict.fromkeys(row.provider for row in own if row.role == "peer"):
+                ratios: dict[str, list[float]] = {"seconds": [], "extra_bytes": []}
+                for case in cases:
+                    for metric, found in ratios.items():
+                        pair = [figures.get((mode, case, provider, metric)) for provider in (OURS, peer)]
+                        if pair[0] and pair[1] and min(pair[0].median, pair[1].median) > 0:
+                            rounds = zip(pair[0].values, pair[1].values, strict=False)
+                            found.append(median(a / b for a, b in rounds))
+                if ratios["seconds"]:
+                    cells = [span(values) if values else "" for values in ratios.values()]
+                    lines.append((name, mode, peer, str(len(ratios["seconds"])), *cells))
+    headings = ("workload", "mode", "peer", "cases", "time of that peer's", "memory of that peer's")
+    return ["## `ours` beside each peer", table(headings, lines)] if lines else []
 
 
 def memory_ratios(rows: Sequence[Row]) -> list[float]:

@@ -41,6 +41,7 @@ class Context:
     only:       names of providers; all where empty
     dry:        Triton's kernels in its interpreter, to walk through what a GPU would run
     model, data: real weights and pairs for training steps, where they are named
+    verified:   what was found so far by (suite, provider, kind)
     """
 
     device: str
@@ -54,6 +55,7 @@ class Context:
     model: str = ""
     data: str = ""
     device_name: str = ""
+    verified: dict[tuple[Any, ...], Answer] = field(default_factory=dict)
     commit: str = field(default_factory=commit)
 
     def left(self) -> float:
@@ -92,7 +94,7 @@ def measure(workload: Workload, cases: list[Case], context: Context, red: str = 
             took = time.monotonic() - began
 
 
-NOT_RUN = {"status": "not run", "note": "out of the time that the run was given"}
+NOT_RUN = {"status": "not run", "note": "the run ended before its turn"}
 
 
 def kind_of(workload: Workload, case: Case) -> tuple[Any, ...]:
@@ -104,18 +106,19 @@ def verify(
 ) -> dict[tuple[str, tuple[Any, ...]], Answer]:
     """Every provider's errors for each kind of case, or why there are none. Several at once: nothing is timed."""
     kinds = {kind_of(workload, case): case for case in cases}
+    providers = context.providers(workload)
+    of = {(p.name, kind): (workload.suite, p.name, workload.kinds, kind) for p in providers for kind in kinds}
 
-    def errors_of(provider: Provider) -> dict[tuple[str, tuple[Any, ...]], Answer]:
-        found = {}
+    def verify_provider(provider: Provider) -> None:
         for kind, case in kinds.items():
-            message = {"do": "verify", "provider": provider.name, "case": case}
-            found[provider.name, kind] = pool.ask(provider.name, message)
+            if of[provider.name, kind] not in context.verified:
+                message = {"do": "verify", "provider": provider.name, "case": case}
+                context.verified[of[provider.name, kind]] = pool.ask(provider.name, message)
         pool.release(provider.name)
-        return found
 
     with ThreadPoolExecutor(at_once(context)) as threads:
-        parts = list(threads.map(errors_of, context.providers(workload)))
-    return {key: answer for part in parts for key, answer in part.items()}
+        list(threads.map(verify_provider, providers))
+    return {key: context.verified[known] for key, known in of.items()}
 
 
 def at_once(context: Context) -> int:
@@ -279,15 +282,29 @@ def as_rows(
 
 
 def ratio_rows(base: Row, workload: Workload, seconds: dict[str, list[float]]) -> list[Row]:
-    """Of `base`'s provider to the fastest floor and to the fastest peer of the case, round by round."""
+    """Of `base`'s provider to the floor and to the fastest peer of the case, round by round."""
     rows = []
-    for metric, role in (("of_floor", "floor"), ("of_best_peer", "peer")):
-        names = [p.name for p in workload.providers if p.role == role and p.name in seconds]
-        if names:
-            best = min(names, key=lambda name: median(seconds[name]))
+    for metric, best in (
+        ("of_floor", floor_of(workload, seconds)),
+        ("of_best_peer", fastest("peer", workload, seconds)),
+    ):
+        if best:
             ratios = tuple(a / b for a, b in zip(seconds[base.provider], seconds[best], strict=False))
             rows.append(replace(base, metric=metric, unit="x", values=ratios, note=f"of {best}"))
     return rows
+
+
+def fastest(role: str, workload: Workload, seconds: dict[str, list[float]], bound: str = "") -> str:
+    """Of a role, and of a bound where one is named; empty where none of them ran."""
+    names = [p.name for p in workload.providers if p.role == role and p.name in seconds and bound in ("", p.bound)]
+    return min(names, key=lambda name: median(seconds[name]), default="")
+
+
+def floor_of(workload: Workload, seconds: dict[str, list[float]]) -> str:
+    """The fastest way to each bound, and of these the slowest."""
+    bounds = dict.fromkeys(p.bound for p in workload.providers if p.role == "floor")
+    names = filter(None, (fastest("floor", workload, seconds, bound) for bound in bounds))
+    return max(names, key=lambda name: median(seconds[name]), default="")
 
 
 def once(answer: Answer) -> Iterator[tuple[str, str, float]]:
@@ -306,7 +323,8 @@ def once(answer: Answer) -> Iterator[tuple[str, str, float]]:
 
 
 def row_of(workload: Workload, provider: Provider, case: Case, context: Context) -> Row:
-    configuration = {k: v for k, v in case.items() if k not in ("mode", workload.x)}
+    told_otherwise = ("mode", "device", "rounds", "alone", workload.x)
+    configuration = {k: v for k, v in case.items() if k not in told_otherwise}
     return Row(
         workload=workload.name,
         kernel=provider.kernel or workload.kernel,

@@ -19,7 +19,7 @@ def print_case(rows: list[Row], console: Console) -> None:
     by_provider: dict[str, dict[str, Row]] = {}
     for row in rows:
         by_provider.setdefault(row.provider, {})[row.metric] = row
-    of = ", ".join(f"{key} {value}" for key, value in first.configuration.items() if key not in ("device", "threads"))
+    of = ", ".join(f"{key} {value}" for key, value in first.configuration.items() if key != "threads")
     table = Table(title=f"{first.x_name} {first.x:,.0f}, {first.mode}, {of}", title_justify="left")
     table.add_column("provider", no_wrap=True)
     for heading in ("ms", "p20", "p80", "x floor", "x best peer", "first call s", "extra MiB", "beside results"):

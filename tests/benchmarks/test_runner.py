@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -122,6 +123,16 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert of["seconds"].median == 2.2
 
 
+def test_the_floor_is_the_slowest_bound_by_its_fastest_way() -> None:
+    workload, of = head_rows(), {"products": [3.0, 3.0], "products-onednn": [2.0, 2.0], "bytes": [1.0, 1.0]}
+    assert runner.floor_of(workload, of) == "products-onednn"
+    assert runner.floor_of(workload, {**of, "bytes": [2.5, 2.5]}) == "bytes"
+    assert runner.floor_of(workload, {"ours": [1.0]}) == ""
+    base = runner.row_of(workload, workload.providers[0], workload.cases("cpu", "tiny")[0], context([]))
+    (row,) = runner.ratio_rows(replace(base, provider="products"), workload, of)
+    assert (row.metric, row.values, row.note) == ("of_floor", (1.5, 1.5), "of products-onednn")
+
+
 def test_what_there_is_no_time_for_says_so() -> None:
     kept: list[Row] = []
     late = context(kept, only=("products", "ours"), deadline=time.monotonic())
@@ -200,3 +211,24 @@ def test_the_registry_is_whole() -> None:
                     assert {"mode", "device", workload.x, *workload.kinds} <= set(case)
                     json.dumps(case)
     assert set(session.ROUNDS) == set(SIZES)
+
+
+def documented() -> list[str]:
+    """Commands of this package in the documents."""
+    found = set()
+    for name in ("benchmarks/README.md", "README.md", "CONTRIBUTING.md"):
+        found |= set(re.findall(r"^    (python -m benchmarks [^#\n]*)", (ROOT / name).read_text(), re.MULTILINE))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("line", documented())
+def test_documented_commands_are_understood(line: str) -> None:
+    words = line.split()
+    assert words[:3] == ["python", "-m", "benchmarks"]
+    options = command.parser().parse_args(words[3:])
+    assert callable(options.command)
+    session.chosen(getattr(options, "suite", "all"), getattr(options, "workloads", None))
+
+
+def test_commands_are_documented() -> None:
+    assert len(documented()) >= 4

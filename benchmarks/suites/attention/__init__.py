@@ -12,6 +12,7 @@ HEADS = {"Qwen2-0.5B": (14, 2, 64), "Qwen2-7B": (28, 4, 128), "tiny": (4, 2, 16)
 _UNSHARED = "each branch with a copy of its prefix"
 PROVIDERS = (
     Provider("products", "floor", "one large matrix product of as many operations as visible (query, key) pairs need"),
+    Provider("bytes", "floor", "a copy of queries, keys, values, outputs and gradients, each once", bound="bytes"),
     Provider("ours", "ours", "tree_attention as it comes, every common prefix once"),
     Provider("ours-pair", "ours", "the same, prefixes shared within pairs alone"),
     Provider("ours-none", "ours", f"the same, {_UNSHARED}"),

@@ -212,6 +212,17 @@ def products(forest: Forest, case: Case) -> Work:
     return Work(forward, [[], [], []])
 
 
+def moved(forest: Forest, case: Case) -> Work:
+    """Forward reads Q, K, V and writes O; backward reads Q, K, V, dO and writes dQ, dK, dV. A copy reads and writes."""
+    copies = [forest.query, forest.key] * (1 if case["mode"] == "forward" else 2)  # K is as large as V, Q as O
+
+    def forward(*_: Any) -> list[Tensor]:
+        return [x.clone() for x in copies]
+
+    return Work(forward, [[], [], []])
+
+
+FLOORS: dict[str, Callable[[Forest, Case], Work]] = {"products": products, "bytes": moved}
 WORKS: dict[str, Callable[[Forest], Work]] = {
     "ours": ours("auto", "tree"),
     "ours-pair": ours("auto", "pair"),

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.registry import Case
 from benchmarks.suites.attention import HEADS
 from benchmarks.suites.attention.layouts import Forest
-from benchmarks.suites.attention.providers import WORKS, Work, operations, products
+from benchmarks.suites.attention.providers import FLOORS, WORKS, Work, operations
 
 # A wrong mask or formula is off by tens of percent, rounding in the dtype of the inputs by less than these.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
@@ -38,7 +38,7 @@ def needs(provider: str, case: Case) -> int:
 
 def load(provider: str, case: Case, folder: Path) -> Attention:
     forest = Forest(case)
-    work = products(forest, case) if provider == "products" else WORKS[provider](forest)
+    work = FLOORS[provider](forest, case) if provider in FLOORS else WORKS[provider](forest)
     return Attention(work, forest, case)
 
 
@@ -72,7 +72,7 @@ class Attention:
 
 def errors(provider: str, case: Case) -> dict[str, float]:
     """Of the output, dQ, dK and dV, relative to float64 in the Euclidean norm, on a small forest."""
-    if provider == "products":
+    if provider in FLOORS:
         return {}
     small = {**case, **SMALL}
     forest = Forest(small)

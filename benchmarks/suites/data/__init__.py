@@ -11,13 +11,18 @@ BUDGET = 8192  # tokens of a batch
 PADDED_PAIRS = 8  # pairs of a padded batch
 
 LOAD_PROVIDERS = (
-    Provider("tokenizer", "floor", "the fast tokenizer on the text of every branch in one call, and nothing else"),
+    Provider(
+        "tokenizer",
+        "floor",
+        "the fast tokenizer on the text of every branch in one call, and nothing else",
+        bound="tokens",
+    ),
     Provider("ours", "ours", "load_step_pairs: JSON lines to checked pairs, cut at the step's first token"),
     Provider("trl", "peer", "JSON lines to a datasets.Dataset, then DPOTrainer's preparation of it", "trl"),
     Provider("transformers", "peer", "JSON lines, then one call of the tokenizer for prefixes and one for branches"),
 )
 PACK_PROVIDERS = (
-    Provider("concatenate", "floor", "all tokens of all branches into one array, and back into a tensor"),
+    Provider("concatenate", "floor", "all tokens of all branches into one array, and into a tensor"),
     Provider("ours", "ours", f"pack_pairs, {BUDGET:,} tokens a batch, every common prefix once"),
     Provider("ours-pair", "ours", "the same, prefixes shared within pairs alone"),
     Provider("ours-none", "ours", "the same, nothing shared"),
@@ -38,7 +43,7 @@ def cases(of: str) -> Callable[[str, str], list[Case]]:
 
 
 def _workload(name: str, kernel: str, title: str, providers: Any, of: str, test: str) -> Workload:
-    return Workload(name, "data", kernel, title, "pairs", "pairs", cases(of), providers, ("mode",), (test,))
+    return Workload(name, "data", kernel, title, "pairs", "pairs", cases(of), providers, ("of",), (test,))
 
 
 WORKLOADS = (

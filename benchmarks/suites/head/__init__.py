@@ -23,6 +23,7 @@ _ROWS = "for any gradient of each row"
 PROVIDERS = (
     Provider("products", "floor", "as many plain matrix products as the mode needs, and no loss"),
     Provider("products-onednn", "floor", "the same through oneDNN, whatever torch's BLAS is", devices=("cpu",)),
+    Provider("bytes", "floor", "a copy that reads W once and, where there is a dW, writes as much", bound="bytes"),
     Provider("ours", "ours", f"linear_logprob as it comes, {_ROWS}"),
     Provider("ours-memory", "ours", "the C++ operator when it may keep nothing beside dW", devices=("cpu",)),
     Provider("ours-triton-chunked", "ours", "linear_logprob(impl='triton_chunked')", devices=("cuda",)),
@@ -66,7 +67,7 @@ def by_rows(device: str, size: str) -> list[Case]:
         rows = {"quick": (1024, 4096, 16_384), "full": (128, 512, 1024, 2048, 4096, 8192, 16_384)}[size]
         heads = {"quick": ("Qwen2-7B",), "full": ("Qwen2-7B", "Llama-3-8B")}[size]
         return [case(head, r, device) for head in heads for r in rows]
-    rows = {"quick": (128, 1024), "full": (128, 512, 2048)}[size]
+    rows = {"quick": (512,), "full": (128, 512, 2048)}[size]
     return [case("SmolLM2-135M", r, device) for r in rows]
 
 

@@ -104,6 +104,12 @@ def products(linear: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Problem], 
     return lambda problem: matrix_products(problem, linear)[-1][0, 0].float()
 
 
+def bytes_of_weight(problem: Problem) -> Tensor:
+    """Reads W and writes a dW; without one half of W is copied, which moves as many bytes as reading it does."""
+    weight = problem.weight.detach()
+    return (weight if problem.mode == "full" else weight[: len(weight) // 2]).clone()[0, 0].float()
+
+
 # ---- ours -----------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +231,7 @@ def quack(problem: Problem) -> Tensor:
 WAYS: dict[str, Way] = {
     "products": Way(products(plain), "products", logits=1),
     "products-onednn": Way(products(onednn), "products", logits=2),
+    "bytes": Way(bytes_of_weight, "products"),
     "ours": Way(ours("auto"), took=auto_choice),
     "ours-memory": Way(ours_memory),
     "ours-triton-chunked": Way(ours("triton_chunked"), logits=1),

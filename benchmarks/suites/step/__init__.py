@@ -19,7 +19,7 @@ MODEL_PROVIDERS = (
 TRAINING_PROVIDERS = (
     Provider("products", "floor", "matrix products over the step's tokens held once: reference, forward, backward"),
     Provider("ours", "ours", "StepDPOTrainer, pairs drawn at random"),
-    Provider("ours-grouped", "ours", "the same, pairs drawn problem by problem, so that more is shared"),
+    Provider("ours-grouped", "ours", "the same, pairs drawn problem by problem: fewer tokens than the floor has"),
     Provider("ours-pair", "ours", "the same as ours, prefixes shared within pairs alone"),
     Provider("ours-none", "ours", "the same as ours, nothing shared"),
     Provider(
@@ -80,10 +80,12 @@ def by_branches(device: str, size: str) -> list[Case]:
 def training(device: str, size: str) -> list[Case]:
     if size == "tiny":
         return [tiny(device, pairs_per_step=8, rounds=2)]
+    if device == "cuda" and size == "quick":  # small enough for all trainers to be there at once
+        return [case(device, "Qwen2-0.5B", pairs_per_step=64, max_tokens=16_384, rounds=3)]
     if device == "cuda":
-        return [case(device, "Qwen2-1.5B", pairs_per_step=128, max_tokens=16_384, rounds=3 if size == "quick" else 5)]
+        return [case(device, "Qwen2-1.5B", pairs_per_step=128, max_tokens=16_384, rounds=5, alone=True)]
     if size == "quick":
-        return [case(device, "llama-21M", pairs_per_step=16, max_tokens=2048, rounds=3)]
+        return [case(device, "llama-21M", pairs_per_step=8, max_tokens=2048, rounds=3)]
     return [case(device, "SmolLM2-135M", pairs_per_step=16, max_tokens=2048, rounds=3)]
 
 
@@ -92,7 +94,7 @@ def training_lora(device: str, size: str) -> list[Case]:
         return []
     if device == "cuda":
         of = {"mode": "lora", "checkpointing": True, "pairs_per_step": 128, "max_tokens": 16_384, "rounds": 3}
-        return [case(device, "Qwen2-7B", **of)]
+        return [case(device, "Qwen2-7B", alone=True, **of)]
     return [case(device, "SmolLM2-135M", mode="lora", pairs_per_step=16, max_tokens=2048, rounds=2)]
 
 

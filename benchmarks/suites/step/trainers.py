@@ -197,37 +197,35 @@ def device_name(device: str) -> str:
 def take_turns(
     case: Case, context: Context, answers: dict[str, Answer], turns: dict[str, list[Answer]], model: str, data: str
 ) -> None:
-    """Fills in what trainers answer: for each that runs, its references of every step, then its steps."""
-    with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-        settings = {name: settings_of(name, case, context, model, data) for name in answers}
+    """Fills in what trainers answer: for each that runs, its references of every step, then its steps.
 
-        def load(name: str) -> None:
-            worker, folder = trainer[name]
-            answers[name] |= told(worker.ask({**settings[name], "folder": folder}))
-            if answers[name]["status"] == "ok":
-                workers[name] = worker
+    Where a case says "alone", trainers come one after another: they have the memory of a GPU for themselves.
+    """
+    names = [name for name, answer in answers.items() if answer["status"] == "ok"]
+    settings = {name: settings_of(name, case, context, model, data) for name in names}
+    for group in [[name] for name in names] if case.get("alone") else [names]:
+        with ExitStack() as stack:
+            processes = {name: stack.enter_context(trainer_process(context)) for name in group}
 
-        trainer = {
-            name: stack.enter_context(trainer_process(context))
-            for name, answer in answers.items()
-            if answer["status"] == "ok"
-        }
-        with ThreadPoolExecutor(at_once(context)) as threads:
-            list(threads.map(load, trainer))
-        workers = {name: workers[name] for name in trainer if name in workers}
-        turns |= {name: [] for name in workers}
-        steps = max((settings[name]["steps"] for name in workers), default=0)
-        for _ in range(2 * steps):
-            for name in list(workers):
-                if context.left() < RESERVE_SECONDS / 2:
-                    return
-                turn = told(workers[name].ask({}))
-                if turn["status"] == "ok":
-                    turns[name].append(turn)
-                else:
-                    answers[name] |= turn
-                    del turns[name], workers[name]
+            def load(name: str, processes: dict[str, tuple[Worker, str]] = processes) -> None:
+                worker, folder = processes[name]
+                answers[name] |= told(worker.ask({**settings[name], "folder": folder}))
+
+            with ThreadPoolExecutor(at_once(context)) as threads:
+                list(threads.map(load, group))
+            running = [name for name in group if answers[name]["status"] == "ok"]
+            turns |= {name: [] for name in running}
+            for _ in range(2 * settings[group[0]]["steps"] if group else 0):
+                for name in list(running):
+                    if context.left() < RESERVE_SECONDS / 2:
+                        return
+                    turn = told(processes[name][0].ask({}))
+                    if turn["status"] == "ok":
+                        turns[name].append(turn)
+                    else:
+                        answers[name] |= turn
+                        del turns[name]
+                        running.remove(name)
 
 
 def as_rows(
