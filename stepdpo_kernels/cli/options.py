@@ -118,6 +118,8 @@ class GeneratorOptions:
             raise StepDPOError(
                 f"--backend {backend}: a server and its address belong together, got --base-url {self.base_url!r}"
             )
+        if self.continuous and backend is not Backend.TRANSFORMERS:
+            raise StepDPOError(f"--continuous is of --backend transformers, got {backend}: leave it out")
         if backend is Backend.OPENAI:
             return self._openai()
         return self._vllm() if backend is Backend.VLLM else self._transformers()
@@ -208,17 +210,30 @@ class StepOptions:
 
 
 @dataclass(frozen=True)
-class StageOptions:
-    """How a stage runs."""
+class RunOptions:
+    """How records are read and written; the fields are parameters of the functions that do it."""
 
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first so many records.")] = None
-    chunk: Annotated[
-        int, typer.Option(min=1, help="Records done together; a killed stage goes on after the last whole chunk.")
-    ] = 64
     on_bad: Annotated[OnBad, typer.Option(help="A record that cannot be read: stop, or skip and count it.")] = (
         OnBad.STOP
     )
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin again, whatever is there.")] = False
+
+
+@dataclass(frozen=True)
+class ConversionOptions(RunOptions):
+    """How pairs are imported and exported."""
+
+    split: Annotated[str, typer.Option(help="Of a hub dataset or a folder.")] = "train"
+
+
+@dataclass(frozen=True)
+class StageOptions(RunOptions):
+    """How a stage runs."""
+
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Records done together; a killed stage goes on after the last whole chunk.")
+    ] = 64
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import typer
 from stepdpo_kernels._bars import open_bar
 from stepdpo_kernels._errors import StepDPOError
 from stepdpo_kernels.cli.options import (
+    ConversionOptions,
     GeneratorOptions,
     LaterStageOptions,
-    OnBad,
     SamplingOptions,
     StageOptions,
     StepOptions,
@@ -169,11 +169,13 @@ def _total(path: str, limit: int | None) -> int | None:
     return lines if limit is None else min(lines, limit)
 
 
-def _check_places(source: str, output: Path, split: str = "train") -> None:
+def _check_places(source: str, output: Path, split: str = "train", *, partial: bool = True) -> None:
     """Before a model is loaded: that there is something to read, and a folder to write to."""
-    from stepdpo_kernels.data.pipeline.stage import stage_input
+    from stepdpo_kernels.data.pipeline.stage import check_complete, stage_input
 
     stage_input(source, output, split)  # what is no path is asked of the hub later
+    if not partial:
+        check_complete(source)
     if not output.parent.is_dir():
         raise StepDPOError(f"output {str(output)!r}: there is no folder {str(output.parent)!r}")
 
@@ -224,6 +226,7 @@ def collect(
     from stepdpo_kernels.data.pipeline.collect import collect
 
     _check_places(problems, output, split)
+    draw, cut = sampling.build(n, logps=not generator.continuous), step.build()
     total = _total(problems, stage.limit)
     with AnswerChecker(workers=workers, seconds=SECONDS) as checker, _progress("collect", total) as progress:
         report = collect(
@@ -231,17 +234,14 @@ def collect(
             output,
             generator.build(),
             checker,
-            sampling.build(n, logps=not generator.continuous),
+            draw,
             split=split,
             format=format,
             beginning=beginning.replace("\\n", "\n"),
-            steps=step.build(),
+            steps=cut,
             keep=keep.value,
-            chunk=stage.chunk,
-            limit=stage.limit,
-            on_bad=stage.on_bad.value,
-            overwrite=stage.overwrite,
             progress=progress,
+            **vars(stage),
         )
     _tell(report)
 
@@ -265,7 +265,7 @@ def locate(
     from stepdpo_kernels.answers import AnswerChecker
     from stepdpo_kernels.data.pipeline.locate.stage import agreement_of, locate
 
-    _check_places(solutions, output)
+    _check_places(solutions, output, partial=stage.partial)
     with (
         AnswerChecker(workers=workers, seconds=SECONDS) as checker,
         _progress("locate", _total(solutions, stage.limit)) as progress,
@@ -278,15 +278,11 @@ def locate(
             first,
             compare=second,
             seed=sampling.seed,
-            chunk=stage.chunk,
-            limit=stage.limit,
-            on_bad=stage.on_bad.value,
-            overwrite=stage.overwrite,
-            partial=stage.partial,
             progress=progress,
+            **vars(stage),
         )
     _tell(report)
-    if compare is not None:
+    if compare is not None and report.written:
         typer.echo(f"\nAgreement of {locator} (a) and {compare} (b)\n{agreement_of(output)}")
 
 
@@ -329,7 +325,9 @@ def rectify(
     from stepdpo_kernels.answers import AnswerChecker
     from stepdpo_kernels.data.pipeline.rectify import rectify
 
-    _check_places(located, output)
+    _check_places(located, output, partial=stage.partial)
+    draw, cut = sampling.build(n, logps=not generator.continuous), step.build()
+    verifier = None if verify is None else locator.exact() if verify is VerifierName.EXACT else locator.judge()
     total = _total(located, stage.limit)
     with AnswerChecker(workers=workers, seconds=SECONDS) as checker, _progress("rectify", total) as progress:
         report = rectify(
@@ -337,17 +335,13 @@ def rectify(
             output,
             generator.build(),
             checker,
-            sampling.build(n, logps=not generator.continuous),
-            steps=step.build(),
-            verifier=None if verify is None else locator.exact() if verify is VerifierName.EXACT else locator.judge(),
+            draw,
+            steps=cut,
+            verifier=verifier,
             max_chosen=max_chosen,
             dataset=dataset,
-            chunk=stage.chunk,
-            limit=stage.limit,
-            on_bad=stage.on_bad.value,
-            overwrite=stage.overwrite,
-            partial=stage.partial,
             progress=progress,
+            **vars(stage),
         )
     _tell(report)
 
@@ -358,58 +352,47 @@ def import_(
     source: Annotated[str, typer.Argument(help="Their data: JSONL, JSON, Parquet, a folder, or a hub id.")],
     output: Output,
     step: StepOptions,
+    conversion: ConversionOptions,
     format: Annotated[ImportFormat, typer.Option(help="What it is.")],
     max_pairs: Annotated[int | None, typer.Option(min=1, help="prm800k: most pairs of a step.")] = None,
-    split: Annotated[str, typer.Option(help="Of a hub dataset or a folder.")] = "train",
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first so many records.")] = None,
-    on_bad: Annotated[OnBad, typer.Option(help="A record that cannot be read: stop, or skip it.")] = OnBad.STOP,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin again, whatever is there.")] = False,
 ) -> None:
     """Make step pairs of PRM800K, of Math-Step-DPO-10K as it is, or of preferences between whole answers."""
     from stepdpo_kernels.data.importers import import_pairs
 
-    _check_places(source, output, split)
-    with _progress("import", _total(source, limit)) as progress:
+    _check_places(source, output, conversion.split)
+    with _progress("import", _total(source, conversion.limit)) as progress:
         report = import_pairs(
             source,
             output,
             format.value,
             steps=step.build(),
             max_pairs=max_pairs,
-            split=split,
-            limit=limit,
-            on_bad=on_bad.value,
-            overwrite=overwrite,
             progress=progress,
+            **vars(conversion),
         )
     _tell(report)
 
 
 @app.command()
+@spread
 def export(
     pairs: Annotated[str, typer.Argument(help="Step pairs: JSONL, JSON, Parquet, a folder, or a hub id.")],
     output: Output,
+    conversion: ConversionOptions,
     format: Annotated[ExportFormat, typer.Option(help="For what.")],
     template: Annotated[str, typer.Option(help="trl-text: alpaca, deepseek-math, qwen2-boxed or none.")] = "none",
-    split: Annotated[str, typer.Option(help="Of a hub dataset or a folder.")] = "train",
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first so many records.")] = None,
-    on_bad: Annotated[OnBad, typer.Option(help="A record that cannot be read: stop, or skip it.")] = OnBad.STOP,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin again, whatever is there.")] = False,
 ) -> None:
     """Write step pairs for TRL or for LLaMA-Factory."""
     from stepdpo_kernels.data.exporters import export_pairs
 
-    _check_places(pairs, output, split)
-    with _progress("export", _total(pairs, limit)) as progress:
+    _check_places(pairs, output, conversion.split)
+    with _progress("export", _total(pairs, conversion.limit)) as progress:
         report = export_pairs(
             pairs,
             output,
             format.value,
             template=template,
-            split=split,
-            limit=limit,
-            on_bad=on_bad.value,
-            overwrite=overwrite,
             progress=progress,
+            **vars(conversion),
         )
     _tell(report)

@@ -164,6 +164,7 @@ def test_interrupted(folder, capsys, monkeypatch):
             "belong together",
         ),
         (["collect", "problems.jsonl", "--output", "no/x.jsonl", *SERVED], "there is no folder"),
+        (["collect", "problems.jsonl", "--output", "y.jsonl", *SERVED, "--continuous"], "--continuous is of --backend"),
     ],
 )
 def test_what_is_wrong_is_said(folder, capsys, arguments, said):
@@ -178,6 +179,33 @@ def test_places_are_checked_before_a_model_is_loaded(folder, capsys):
     ):
         assert run("collect", source, "--output", output, "--model", "./no_such_model") == 2
         assert said in capsys.readouterr().err
+
+
+def test_options_and_the_stage_before_are_checked_before_a_model_is_loaded(folder, capsys):
+    with OpenAIServer(answer) as server:
+        collected(server)
+    assert run("locate", "solutions.jsonl", "--output", "located.jsonl") == 0
+    unfinished = Path("located.jsonl.run.json")
+    for command, source, options, said in (
+        ("collect", "problems.jsonl", ["--step-pattern", "x"], "a step pattern belongs to steps by pattern"),
+        ("collect", "problems.jsonl", ["--temperature", "0"], "at temperature 0"),
+        ("rectify", "located.jsonl", ["--verify", "judge"], "--judge-url and --judge-model"),
+        ("rectify", "located.jsonl", ["--top-p", "2"], "top_p must be"),
+    ):
+        assert run(command, source, "--output", "x.jsonl", "--model", "./no_such_model", *options) == 2
+        assert said in capsys.readouterr().err
+    unfinished.write_text(unfinished.read_text().replace('"complete": true', '"complete": false'))
+    assert run("rectify", "located.jsonl", "--output", "x.jsonl", "--model", "./no_such_model") == 2
+    assert "has not come to its end" in capsys.readouterr().err
+
+
+def test_nothing_to_agree_about(folder, capsys):
+    with OpenAIServer(answer) as server:
+        collected(server)
+    right = [record | {"verdict": "right"} for record in lines(folder / "solutions.jsonl")]
+    (folder / "right.jsonl").write_text("".join(json.dumps(record) + "\n" for record in right))
+    assert run("locate", "right.jsonl", "--output", "located.jsonl", "--compare", "exact") == 0
+    assert "5  right solutions" in capsys.readouterr().out
 
 
 def test_nobody_listens(folder, capsys):

@@ -211,8 +211,8 @@ def _opened(output: Path, overwrite: bool) -> Iterator[BinaryIO]:
     """The output, for this process alone."""
     if not output.parent.is_dir():
         raise StepDPOError(f"output {str(output)!r}: there is no folder {str(output.parent)!r}")
-    if output.is_dir():
-        raise StepDPOError(f"output {str(output)!r} is a folder: name a file in it")
+    if output.exists() and not output.is_file():
+        raise StepDPOError(f"output {str(output)!r} is a folder or a device: name a file")
     if output.exists() and not run_file(output).exists() and output.stat().st_size and not overwrite:
         raise StepDPOError(f"output {str(output)!r} is there already and no stage wrote it: name another, or overwrite")
     try:
@@ -307,6 +307,9 @@ class _State:
             state.save("")
             return state
         value = _read_state(state.path)
+        if not value["report"]["read"]:  # stopped before anything was done, perhaps by the very settings
+            state.save("")
+            return state
         if value["report"]["stage"] != stage:
             raise StepDPOError(f"output {str(output)!r} was written by stage {value['report']['stage']!r}, not {stage}")
         if settings["on_bad"] == "skip":  # what "stop" has let through, "skip" would have, too

@@ -222,10 +222,12 @@ def test_a_review_is_never_overwritten_and_a_broken_off_one_leaves_none(tmp_path
 
     with pytest.raises(KeyboardInterrupt):
         write_review(interrupted(), path)
-    assert not path.exists()
+    assert not list(tmp_path.iterdir())
     with pytest.raises(StepDPOError, match="'a' comes twice"):
         write_review([solution("a"), solution("a")], path)
-    assert not path.exists()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(StepDPOError, match="there is no folder"):
+        write_review([solution("a")], tmp_path / "no" / "review.md")
     write_review([solution("a")], path)
     fill(path, "2")
     with pytest.raises(StepDPOError, match="may be filled in"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import signal
 import subprocess
@@ -248,6 +249,15 @@ def test_another_run_is_not_continued(words, tmp_path):
         run(changed, output)
 
 
+def test_a_run_that_has_done_nothing_takes_other_settings(words, tmp_path):
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(words, output, work=stops_at(0))
+    assert run(words, output, settings={"a": 2}).written == 36
+    with pytest.raises(StepDPOError, match="begun with a 2, and now it is 1"):
+        run(words, output)
+
+
 def test_what_is_not_ours_is_left_alone(words, tmp_path):
     output = tmp_path / "out.jsonl"
     output.write_text("mine\n")
@@ -258,6 +268,9 @@ def test_what_is_not_ours_is_left_alone(words, tmp_path):
         run(words, tmp_path / "nowhere" / "out.jsonl")
     with pytest.raises(StepDPOError, match="is a folder"):
         run(words, tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StepDPOError, match="or a device"):
+        run(words, tmp_path / "pipe")
     run_file(output).write_text("{}")
     with pytest.raises(StepDPOError, match="not the run file of a stage"):
         run(words, output)

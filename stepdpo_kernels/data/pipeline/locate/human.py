@@ -44,24 +44,29 @@ _MOST = 20  # problems named in one message
 def write_review(solutions: Iterable[Solution], path: str | PathLike[str]) -> int:
     """Write the review file of `solutions`, one after the other; those without steps are left out.
 
-    Returns how many it holds. Raises StepDPOError where the path exists, since it may be filled in, and for an id
-    that comes twice.
+    Returns how many it holds. Raises StepDPOError where the path exists, since it may be filled in, where its folder
+    does not, and for an id that comes twice.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise StepDPOError(f"{path}: there is no folder {str(path.parent)!r}")
     if path.exists():
         raise StepDPOError(f"{path} exists, and may be filled in: read it, or move it away to have a new one written")
     part = path.with_name(path.name + ".part")
     seen: set[str] = set()
-    with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.write(INTRODUCTION)
-        for solution in solutions:
-            if not solution.steps.steps:
-                continue
-            if solution.id in seen:
-                raise StepDPOError(f"solution {solution.id!r} comes twice: an answer could belong to either")
-            seen.add(solution.id)
-            file.writelines(f"{line}\n" for line in _section(solution))
-    part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(INTRODUCTION)
+            for solution in solutions:
+                if not solution.steps.steps:
+                    continue
+                if solution.id in seen:
+                    raise StepDPOError(f"solution {solution.id!r} comes twice: an answer could belong to either")
+                seen.add(solution.id)
+                file.writelines(f"{line}\n" for line in _section(solution))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return len(seen)
 
 
