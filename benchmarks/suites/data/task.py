@@ -142,8 +142,6 @@ def load_trl(folder: Path) -> Callable[[], Any]:
     import datasets
     from trl import DPOTrainer
 
-    datasets.disable_caching()
-    datasets.disable_progress_bars()
     tokenizer = tokenizer_of(folder)
     # All that the method asks of its trainer and of its arguments.
     trainer, arguments = SimpleNamespace(_tokenizer=tokenizer), SimpleNamespace(dataset_num_proc=None, max_length=None)
@@ -151,7 +149,13 @@ def load_trl(folder: Path) -> Callable[[], Any]:
     def run() -> Any:
         columns = zip(*texts(folder), strict=True)
         dataset = datasets.Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), columns, strict=True)))
-        return DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, arguments, "train")
+        hidden = datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
+        try:  # a dataset in memory is not cached
+            return DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, arguments, "train")
+        finally:
+            if not hidden:
+                datasets.enable_progress_bars()
 
     return run
 
