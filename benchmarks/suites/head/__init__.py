@@ -67,8 +67,7 @@ def by_rows(device: str, size: str) -> list[Case]:
         rows = {"quick": (1024, 4096, 16_384), "full": (128, 512, 1024, 2048, 4096, 8192, 16_384)}[size]
         heads = {"quick": ("Qwen2-7B",), "full": ("Qwen2-7B", "Llama-3-8B")}[size]
         return [case(head, r, device) for head in heads for r in rows]
-    rows = {"quick": (512,), "full": (128, 512, 2048)}[size]
-    return [case("SmolLM2-135M", r, device) for r in rows]
+    return [case("SmolLM2-135M", r, device) for r in (128, 512, 2048) if size == "full"]
 
 
 def by_mode(device: str, size: str) -> list[Case]:
@@ -87,7 +86,8 @@ def by_head(device: str, size: str) -> list[Case]:
         return []
     if device == "cuda":
         return [case(head, 4096, device) for head in (HEADS if size == "full" else ("Llama-3-8B",))]
-    return [case(head, 256, device) for head in ("Qwen2-0.5B", "Qwen2-7B", "Llama-3-8B") if size == "full"]
+    heads = {"quick": ("SmolLM2-135M",), "full": ("SmolLM2-135M", "Qwen2-0.5B", "Qwen2-7B", "Llama-3-8B")}[size]
+    return [case(head, 256, device) for head in heads]
 
 
 def by_vocabulary(device: str, size: str) -> list[Case]:
