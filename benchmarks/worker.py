@@ -25,7 +25,7 @@ import torch
 from benchmarks.measure import PeakMemory
 from benchmarks.registry import Task, task_module
 
-TURN_SECONDS, TURN_CALLS = 0.5, 10  # short calls are repeated within a turn: until this long, at most this many
+TURN_SECONDS, TURN_CALLS = 0.3, 10  # short calls are repeated within a turn: until this long, at most this many
 # Calls shorter than this are preceded by one that does not count: memory that another process has given back comes
 # slowly (a third of a second for a dW of 260 MiB on a virtual machine), and calls of a training run follow each other.
 UNTIMED_SECONDS = 10.0
