@@ -17,6 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.registry import task_module
 from benchmarks.suites.head import case as head_case
 from benchmarks.suites.step import case as model_case
+from stepdpo_kernels._dispatch import use_impl
 from stepdpo_kernels.answers.compare import compare
 from stepdpo_kernels.ops.pair_loss import pair_loss
 from stepdpo_kernels.packing import pack_pairs
@@ -25,12 +26,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEAD = ("Qwen2-7B", 4096) if DEVICE == "cuda" else ("SmolLM2-135M", 512)
 MODEL = "Qwen2-0.5B" if DEVICE == "cuda" else "llama-21M"
 
-# suite, changes of its case where it is timed; each is `ours` but for what it names.
+# suite, provider, changes of its case where it is timed; a head in the implementation after the @, where there is one.
 PATHS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "head-full": ("head", "ours", {}),
     "head-frozen": ("head", "ours", {"mode": "frozen"}),
     "head-logp": ("head", "ours", {"mode": "logp"}),
     "head-full-float32": ("head", "ours", {"dtype": "float32"}),
+    "head-full@chunked": ("head", "ours", {}),
+    "head-full@reference": ("head", "ours", {}),
+    "head-logp@reference": ("head", "ours", {"mode": "logp"}),
     "preference-loss": ("head", "ours-loss", {}),
     "attention-full": ("attention", "ours", {}),
     "attention-forward": ("attention", "ours", {"mode": "forward"}),
@@ -40,6 +44,12 @@ PATHS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "pack-pair": ("data", "ours-pair", {"of": "pairs", "pairs": 1024}),
     "pack-none": ("data", "ours-none", {"of": "pairs", "pairs": 1024}),
 }
+if DEVICE == "cuda":
+    PATHS |= {
+        f"head-{mode}@{impl}": ("head", "ours", {"mode": mode})
+        for mode in ("full", "logp")
+        for impl in ("triton_chunked", "triton_fused")
+    }
 
 
 def case_of(suite: str, small: bool) -> dict[str, Any]:
@@ -67,23 +77,21 @@ def test_path(name: str, benchmark: BenchmarkFixture, tmp_path: Path) -> None:
     if not benchmark.enabled and "pairs" in changes:
         case["pairs"] = 8
     module = task_module(suite)
-    try:
+    with use_impl(linear_logprob=name.partition("@")[2] or "auto"):
         errors = module.errors(provider, case)
-    except ValueError as error:  # an implementation that this machine cannot take
-        pytest.skip(str(error))
-    assert errors
-    assert all(error <= module.tolerance(case) for error in errors.values()), errors
-    module.prepare(case, tmp_path)
-    task = module.load(provider, case, tmp_path)
+        assert errors
+        assert all(error <= module.tolerance(case) for error in errors.values()), errors
+        module.prepare(case, tmp_path)
+        task = module.load(provider, case, tmp_path)
 
-    def run() -> Any:
-        outputs = task.run()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        return outputs
+        def run() -> Any:
+            outputs = task.run()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            return outputs
 
-    run()
-    benchmark(run)
+        run()
+        benchmark(run)
 
 
 def test_pair_loss(benchmark: BenchmarkFixture) -> None:

@@ -1,4 +1,4 @@
-"""Every provider of the suites attention, data and step is right, and what is wrong is caught."""
+"""Every provider of the suites attention and step is right, and what is wrong is caught."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from benchmarks.suites import attention, step
 from benchmarks.suites.attention import providers as attention_providers
 from benchmarks.suites.attention import task as attention_task
 from benchmarks.suites.attention.layouts import Forest
-from benchmarks.suites.data import LOAD_PROVIDERS, PACK_PROVIDERS
-from benchmarks.suites.data import task as data
 from benchmarks.suites.step import task as models
 from benchmarks.suites.step import trainers
 from benchmarks.suites.step.models import SIZES, config, random_model
@@ -135,39 +133,6 @@ def test_visible_pairs_are_counted() -> None:
     assert forest.visible == int(dense_mask(forest.plan).sum())
     heads, _, size = attention.HEADS["tiny"]
     assert attention_providers.operations(forest, attention_case()) == 12 * heads * size * forest.visible
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [p.name for p in LOAD_PROVIDERS if p.role != "floor"])
-def test_every_loader_gives_the_same_ids(name: str) -> None:
-    if name == "trl":
-        pytest.importorskip("trl")
-        pytest.importorskip("datasets")
-    assert data.errors(name, {"of": "records", "pairs": 60}) == {"error": 0.0}
-
-
-@pytest.mark.parametrize("name", [p.name for p in PACK_PROVIDERS if p.role != "floor"])
-def test_every_packing_holds_every_branch(name: str) -> None:
-    if name == "trl-padded":
-        pytest.importorskip("trl")
-    assert data.errors(name, {"of": "pairs", "pairs": 60}) == {"error": 0.0}
-
-
-def test_a_packing_that_loses_a_pair_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(data.PACK, "wrong", lambda pairs: lambda: pack_pairs(pairs[:-1], 8192))
-    assert data.errors("wrong", {"of": "pairs", "pairs": 60})["error"] > 0
-    monkeypatch.setitem(data.LOAD, "wrong", lambda folder: lambda: data.load_ours(folder)()[::-1])
-    assert data.errors("wrong", {"of": "records", "pairs": 60})["error"] > 0
-
-
-def test_tokens_are_counted_with_their_padding() -> None:
-    pairs = data.made_pairs(60)
-    none, tree = (data.pack_facts(data.PACK[name](pairs)(), pairs) for name in ("ours-none", "ours"))
-    assert none["tokens"] == sum(2 * len(p.prefix_ids) + len(p.chosen_ids) + len(p.rejected_ids) - 2 for p in pairs)
-    assert tree["of_unique"] == pytest.approx(tree["tokens"] / tree["unique_tokens"])
-    assert 1 <= tree["of_unique"] < 1.1 < none["of_unique"]
 
 
 # ---- models and trainers ---------------------------------------------------------------------------------------------

@@ -18,7 +18,10 @@ LOAD_PROVIDERS = (
         bound="tokens",
     ),
     Provider("ours", "ours", "load_step_pairs: JSON lines to checked pairs, cut at the step's first token"),
-    Provider("trl", "peer", "JSON lines to a datasets.Dataset, then DPOTrainer's preparation of it", "trl"),
+    Provider(
+        *("trl", "peer", "JSON lines to a datasets.Dataset, then DPOTrainer's preparation; its EOS is not compared"),
+        "trl",
+    ),
     Provider("transformers", "peer", "JSON lines, then one call of the tokenizer for prefixes and one for branches"),
 )
 PACK_PROVIDERS = (
@@ -28,6 +31,10 @@ PACK_PROVIDERS = (
     Provider("ours-none", "ours", "the same, nothing shared"),
     Provider(
         *("trl-padded", "peer", f"DataCollatorForPreference, {PADDED_PAIRS} pairs a batch, sorted by length"), "trl"
+    ),
+    Provider(
+        *("transformers-padded", "peer", f"DataCollatorForSeq2Seq, {PADDED_PAIRS} pairs a batch, sorted by length"),
+        "transformers",
     ),
 )  # fmt: skip
 
