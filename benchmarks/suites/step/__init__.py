@@ -52,7 +52,7 @@ def by_pairs(device: str, size: str) -> list[Case]:
         if size == "full":
             found += [case(device, "Qwen2-7B", lengths="real", pairs=n, **checkpointed) for n in (64, 256)]
         return found
-    return [case(device, "llama-21M", lengths="real", pairs=n) for n in {"quick": (8, 32), "full": (8, 32, 128)}[size]]
+    return [case(device, "llama-21M", lengths="real", pairs=n) for n in {"quick": (16,), "full": (8, 32, 128)}[size]]
 
 
 def by_prefix(device: str, size: str) -> list[Case]:
