@@ -14,7 +14,7 @@ Shape legend, used in every docstring and in suffixes of names:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Real
 from typing import Any, TypeVar
@@ -90,13 +90,18 @@ class StepPair:
         return (*ids, self.id, self.group, self.weight)
 
 
-def _to(value: _T, device: torch.device | str | int, non_blocking: bool) -> _T:
-    """`value` with every tensor in it, one dataclass level at a time, on a device."""
+def _each_tensor(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
+    """`value` with every tensor in it changed, one dataclass level at a time."""
     if isinstance(value, Tensor):
-        return value.to(device=device, non_blocking=non_blocking)  # type: ignore[return-value]
+        return change(value)  # type: ignore[return-value]
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(**{f.name: _to(getattr(value, f.name), device, non_blocking) for f in fields(value)})
+        return type(value)(**{f.name: _each_tensor(getattr(value, f.name), change) for f in fields(value)})
     return value
+
+
+def _to(value: _T, device: torch.device | str | int, non_blocking: bool) -> _T:
+    """`value` with every tensor in it on a device."""
+    return _each_tensor(value, lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,3 +221,10 @@ class PackedBatch:
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedBatch:
         """A copy on another device; dtypes stay as they are."""
         return _to(self, device, non_blocking)
+
+    def pin_memory(self) -> PackedBatch:
+        """A copy in page-locked memory, from which `to` with non_blocking does not wait for the device.
+
+        torch's DataLoader calls this where it is told to pin memory.
+        """
+        return _each_tensor(self, Tensor.pin_memory)

@@ -184,7 +184,7 @@ def compute_ref_logps(
     with open_bar(num_pairs, "reference log-probs: ", unit="pairs", disable=not progress) as bar:
         for number, (batch, counts) in enumerate(batches):
             if number >= done:
-                batch = batch.to(device)
+                batch = batch.to(device, non_blocking=device.type == "cuda")
                 logps = logps_of(model, batch).view(2, -1).T.float()
                 if counts:
                     table[batch.pair_index] = logps

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput
@@ -311,7 +311,7 @@ class StepDPOTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         passes = list(equal_passes([inputs], self.accelerator, self._nothing)) or [(self._nothing(), False)]
         for i, (batch, counts) in enumerate(passes):
-            batch = batch.to(self.args.device)
+            batch = batch.to(self.args.device, non_blocking=self.args.dataloader_pin_memory)
             is_last = i == len(passes) - 1
             ref_logps = self.references.of_batch(batch, self.train_dataset)
             with nullcontext() if is_last else no_sync(self.accelerator, model):
@@ -331,11 +331,14 @@ class StepDPOTrainer(Trainer):
         self._steps += 1
         own = finite_losses(self._parts, self.args.device)
         # In fp16 gradients overflow now and then, which its scaler answers; and DeepSpeed may know of no norm.
-        gradient = float(self.args.fp16 or norm is None or math.isfinite(norm))
-        finite = torch.stack([own, torch.full_like(own, gradient)])
+        gradient = torch.ones_like(own)
+        if norm is not None and not self.args.fp16:
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+            gradient = whole.to(own.device).isfinite().to(own)
+        finite = torch.stack([own, gradient])
         if self.args.world_size > 1:
             finite = self.accelerator.reduce(finite, reduction="sum") / self.args.world_size
-        losses, gradients = finite.tolist()
+        losses, gradients = finite.tolist()  # where a step waits for the device, and nowhere else but in logs
         if losses == gradients == 1:
             for batch, output in self._parts:
                 self._meter.add(batch, output)
@@ -472,7 +475,7 @@ class StepDPOTrainer(Trainer):
         meter = Meter()
         meter.start()
         for batch, counts in equal_passes(self._evaluation_steps(dataloader), self.accelerator, self._nothing):
-            batch = batch.to(self.args.device)
+            batch = batch.to(self.args.device, non_blocking=self.args.dataloader_pin_memory)
             ref_logps = self.references.of_batch(batch, dataset)
             with self.compute_loss_context_manager():
                 output = self._packed_loss(model, batch, ref_logps, num_pairs=1)
