@@ -86,14 +86,14 @@ def by_head(device: str, size: str) -> list[Case]:
         return []
     if device == "cuda":
         return [case(head, 4096, device) for head in (HEADS if size == "full" else ("Llama-3-8B",))]
-    heads = {"quick": ("SmolLM2-135M",), "full": ("SmolLM2-135M", "Qwen2-0.5B", "Qwen2-7B", "Llama-3-8B")}[size]
+    heads = {"quick": ("SmolLM2-135M",), "full": ("SmolLM2-135M", "Qwen2-0.5B", "Qwen2-7B")}[size]
     return [case(head, 256, device) for head in heads]
 
 
 def by_vocabulary(device: str, size: str) -> list[Case]:
     if size != "full":
         return []
-    head, rows = ("Llama-3-8B", 4096) if device == "cuda" else ("Qwen2-0.5B", 512)
+    head, rows = ("Llama-3-8B", 4096) if device == "cuda" else ("SmolLM2-135M", 256)
     return [case(head, rows, device, vocab=vocab) | {"head": "any"} for vocab in (32_768, 131_072, 262_144)]
 
 

@@ -52,7 +52,7 @@ def by_pairs(device: str, size: str) -> list[Case]:
         if size == "full":
             found += [case(device, "Qwen2-7B", lengths="real", pairs=n, **checkpointed) for n in (64, 256)]
         return found
-    return [case(device, "llama-21M", lengths="real", pairs=n) for n in {"quick": (16,), "full": (8, 32, 128)}[size]]
+    return [case(device, "llama-21M", lengths="real", pairs=n) for n in {"quick": (16,), "full": (4, 16, 64)}[size]]
 
 
 def by_prefix(device: str, size: str) -> list[Case]:
@@ -63,7 +63,7 @@ def by_prefix(device: str, size: str) -> list[Case]:
         ("cuda", "quick"): (1024, 4096),
         ("cuda", "full"): (256, 1024, 4096, 16_384, 32_768),
         ("cpu", "quick"): (),
-        ("cpu", "full"): (128, 512, 2048),
+        ("cpu", "full"): (128, 512, 1024),
     }[device, size]
     shape = {"lengths": "made", "branch": 64, "pairs_per_prefix": 2, "pairs": 8}
     return [case(device, model, prefix=n, max_tokens=max(4096, 2 * (n + 64)), **shape) for n in prefixes]
@@ -73,7 +73,7 @@ def by_branches(device: str, size: str) -> list[Case]:
     if size != "full":
         return []
     model = "Qwen2-1.5B" if device == "cuda" else "llama-21M"
-    shape = {"lengths": "made", "branch": 64, "prefix": 512, "pairs": 16}
+    shape = {"lengths": "made", "branch": 64, "prefix": 512 if device == "cuda" else 256, "pairs": 16}
     return [case(device, model, pairs_per_prefix=n, **shape) for n in (1, 4, 16)]
 
 
@@ -95,7 +95,7 @@ def training_lora(device: str, size: str) -> list[Case]:
     if device == "cuda":
         of = {"mode": "lora", "checkpointing": True, "pairs_per_step": 128, "max_tokens": 16_384, "rounds": 3}
         return [case(device, "Qwen2-7B", alone=True, **of)]
-    return [case(device, "SmolLM2-135M", mode="lora", pairs_per_step=16, max_tokens=2048, rounds=2)]
+    return [case(device, "SmolLM2-135M", mode="lora", pairs_per_step=8, max_tokens=2048, rounds=3)]
 
 
 def _model(name: str, title: str, x: str, x_label: str, cases: Any) -> Workload:
