@@ -34,8 +34,9 @@ ENV := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.package)
 demo: $(ENV)
 	$(PY) -m examples.miniature
 
+# Two processes: most tests keep one core busy, and no more.
 test: $(ENV)
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 slow: $(ENV)
 	$(PY) -m pytest -m "slow and not gpu"

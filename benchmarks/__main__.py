@@ -1,4 +1,4 @@
-"""`python -m benchmarks run | verify | plot | compare | gpu`: is it exact, is it faster, does it need less memory?"""
+"""`python -m benchmarks COMMAND`: is it exact, is it faster, does it need less memory?"""
 
 from __future__ import annotations
 
@@ -64,6 +64,16 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--candidates", type=int, help="at most so many, the one in use among them")
     tune.add_argument("--time-limit", type=float, default=240, help="seconds for each kernel")
     tune.set_defaults(command=run_tune)
+    busy = commands.add_parser("busy", help="how much of a training step a GPU computes, and what it waits for")
+    busy.add_argument(
+        "--model", default="Qwen2-1.5B", help="a size of benchmarks/suites/step/models.py, random weights"
+    )
+    busy.add_argument("--mode", choices=["full", "lora"], default="full", help="lora with gradient checkpointing")
+    busy.add_argument("--pairs-per-step", type=int, default=128, metavar="PAIRS")
+    busy.add_argument("--max-tokens", type=int, default=16_384, help="of a forward pass")
+    busy.add_argument("--workers", type=int, default=0, help="processes that pack the next steps")
+    busy.add_argument("--trace", type=Path, metavar="FILE", help="keep the profiler's trace (JSON) there")
+    busy.set_defaults(command=run_busy)
     plot = commands.add_parser("plot", help="plots and report of a folder of results, from its CSV files alone")
     plot.add_argument("results", type=Path)
     plot.add_argument("--picture", type=Path, metavar="FILE", help="the README's picture, to FILE (SVG), and no more")
@@ -106,6 +116,12 @@ def run_tune(options: argparse.Namespace) -> None:
             return end - time.monotonic()
 
         tune.tune(kernel, options.device, options.dtype, options.rounds, options.candidates, left)
+
+
+def run_busy(options: argparse.Namespace) -> None:
+    from benchmarks import busy
+
+    busy.run(options)
 
 
 def with_report(measure: Callable[[], None], output: Path) -> None:
