@@ -124,18 +124,21 @@ def run_busy(options: argparse.Namespace) -> None:
     busy.run(options)
 
 
-def with_report(measure: Callable[[], None], output: Path) -> None:
-    """Measures, and writes the report of what there is, interrupted or not."""
+def with_report(measure: Callable[[], list[str]], output: Path) -> None:
+    """Measures, and writes the report of what there is, interrupted or not; `measure` returns what failed."""
     from benchmarks import report, rows
 
+    failed = []
     try:
-        measure()
+        failed = measure()
     except KeyboardInterrupt:
         print("interrupted: the report is of what there is", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         if list(output.glob(f"*{rows.SUFFIX}")):
             print(f"report: {report.write_report(output)}")
+    if failed:
+        raise SystemExit("; ".join(failed))
 
 
 def verify(options: argparse.Namespace) -> None:

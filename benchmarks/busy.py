@@ -20,6 +20,7 @@ from rich.table import Table
 
 from benchmarks.lengths import draw_lengths, pairs_of
 from benchmarks.suites.step.models import SIZES, random_model
+from benchmarks.suites.step.trainers import LEARNING_RATE
 
 BEFORE, STEPS = 3, 4  # optimiser steps that are not looked at, and that are
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the profiler's trace
@@ -77,7 +78,8 @@ def train(options: argparse.Namespace, folder: str, trace: Path) -> None:
                 (profiler.start if state.global_step == BEFORE else profiler.stop)()
 
     lora = options.mode == "lora"
-    settings = {"folder": folder, "bf16": True, "checkpointing": lora, "steps": BEFORE + STEPS, "lora_rank": 16 * lora}
+    settings = {"folder": folder, "bf16": True, "learning_rate": LEARNING_RATE, "checkpointing": lora}
+    settings |= {"steps": BEFORE + STEPS, "lora_rank": 16 * lora}
     given = common(settings) | {"logging_steps": 10 * settings["steps"], "dataloader_num_workers": options.workers}
     trainer = StepDPOTrainer(
         random_model(options.model, "bfloat16", "cuda" if on_gpu else "cpu"),

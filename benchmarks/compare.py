@@ -1,9 +1,9 @@
 """`python -m benchmarks compare A B`: do two folders of results agree within their error bars?
 
-Compared are ratios to the floor, which were taken round by round within each run, so that a slower hour of the machine
-does not count. For each provider and case, B / A of their medians, with an interval of 99%: Student's t on the
-logarithms of the rounds, widened by what processes of one commit differ by systematically (memory layout, clock). The
-cases of a workload are pooled too, which sees smaller changes.
+Compared are ratios to the floor, taken round by round within each run, so that a slower hour of the machine does not
+count; where there are several floors, to the one that counted in A. For each provider and case, B / A of their medians,
+with an interval of 99%: Student's t on the logarithms of the rounds, widened by what processes of one commit differ by
+systematically (memory layout, clock). The cases of a workload are pooled too, which sees smaller changes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median, variance
 
@@ -20,7 +20,10 @@ from rich.table import Table
 
 from benchmarks.rows import Row, read
 
+Key = tuple[tuple[str, str, str, float], str]  # case and provider
+
 METRIC = "of_floor"
+MEDIAN_ERROR = 1.2533  # of a median's standard error to that of a mean, sqrt(pi / 2) for normal noise
 MARGIN = 0.05  # of log B/A: a difference that two runs of one commit may have beyond the noise of rounds
 MEMORY_MARGIN = 0.1, 32 * 2**20  # ratio and bytes, both to be exceeded
 # Student's t at 99.5% by degrees of freedom; between entries the smaller number of them counts.
@@ -45,9 +48,9 @@ class Ratio:
         return "faster" if self.high < 1 else "agree"
 
 
-def student(rounds: int) -> float:
-    """Of so many values, at least two."""
-    return STUDENT[max(n for n in STUDENT if n <= rounds - 1)]
+def student(degrees: int) -> float:
+    """Of so many degrees of freedom, at least one."""
+    return STUDENT[max(n for n in STUDENT if n <= degrees)]
 
 
 def ratio_of(of: str, a: Sequence[Row], b: Sequence[Row]) -> Ratio:
@@ -56,20 +59,21 @@ def ratio_of(of: str, a: Sequence[Row], b: Sequence[Row]) -> Ratio:
     middle = fmean(median(y) - median(x) for x, y in logs)
     errors = [variance(x) / len(x) + variance(y) / len(y) for x, y in logs]
     fewest = min(len(values) for pair in logs for values in pair)
-    degrees = len(logs) * (fewest - 1) + 1  # errors of the cases are independent
-    half = student(degrees) * math.sqrt(sum(errors)) / len(logs) + MARGIN
+    degrees = 2 * len(logs) * (fewest - 1)  # errors of runs and cases are independent
+    half = student(degrees) * MEDIAN_ERROR * math.sqrt(sum(errors)) / len(logs) + MARGIN
     return Ratio(of, a[0].provider, a[0].role, math.exp(middle), math.exp(middle - half), math.exp(middle + half))
 
 
 def ratios(a: Iterable[Row], b: Iterable[Row]) -> tuple[list[Ratio], list[Ratio]]:
     """(of each case, of each workload), of what was measured in both."""
-    own = {(row.case, row.provider): row for row in a if row.metric == METRIC and len(row.values) > 1}
-    pairs = [
-        (own[row.case, row.provider], row)
-        for row in b
-        if row.metric == METRIC and len(row.values) > 1 and (row.case, row.provider) in own
-    ]
-    pairs = [(x, y) for x, y in pairs if x.role != "floor"]
+    b = list(b)
+    seconds = {(row.case, row.provider): row for row in b if row.metric == "seconds"}
+    pairs = []
+    for row in a:
+        if row.metric == METRIC and row.role != "floor" and len(row.values) > 1:
+            other = to_floor(row, seconds)
+            if other and len(other.values) > 1:
+                pairs.append((row, other))
     cases = [ratio_of(f"{x.workload}, {x.mode}, {x.x_name} {x.x:g}{_told(x)}", [x], [y]) for x, y in pairs]
     groups = defaultdict(list)
     for x, y in pairs:
@@ -79,6 +83,24 @@ def ratios(a: Iterable[Row], b: Iterable[Row]) -> tuple[list[Ratio], list[Ratio]
         for (name, _), group in groups.items()
     ]
     return cases, pooled
+
+
+def to_floor(row: Row, seconds: dict[Key, Row]) -> Row | None:
+    """What `row` is in another run, whose times these are: ratios to the same floor; None where it has no times."""
+    own, floor = (seconds.get((row.case, name)) for name in (row.provider, row.note.removeprefix("of ")))
+    if not own or not floor:
+        return None
+    return replace(own, metric=METRIC, values=tuple(x / y for x, y in zip(own.values, floor.values, strict=False)))
+
+
+def lost(a: Iterable[Row], b: Iterable[Row]) -> list[str]:
+    """Cases of ours that have times in A and in B another status than ok; what B has not tried is not lost."""
+    had = {(row.case, row.provider) for row in a if row.metric == "seconds" and row.role == "ours" and row.values}
+    return [
+        f"{row.provider}, {row.workload}, {row.mode}, {row.x_name} {row.x:g}{_told(row)}: {row.status}: {row.note}"
+        for row in b
+        if row.metric == "seconds" and row.status not in ("ok", "not run") and (row.case, row.provider) in had
+    ]
 
 
 def _told(row: Row) -> str:
@@ -103,13 +125,14 @@ def memory(a: Iterable[Row], b: Iterable[Row]) -> list[str]:
 
 
 def compare(folder_a: Path, folder_b: Path, show_all: bool = False) -> bool:
-    """Prints where they differ; False where ours is slower or larger in B.
+    """Prints where they differ; False where ours is slower or larger in B, or has no figure any more.
 
     Raises SystemExit where nothing was measured in both.
     """
     a, b = read(folder_a), read(folder_b)
     cases, pooled = ratios(a, b)
-    if not cases:
+    gone = lost(a, b)
+    if not cases and not gone:
         raise SystemExit(f"{folder_a} and {folder_b} have no case in common that was measured in two rounds or more")
     console = Console(width=160)
     for name in ("device", "commit"):
@@ -128,10 +151,10 @@ def compare(folder_a: Path, folder_b: Path, show_all: bool = False) -> bool:
         agree = sum(r.verdict == "agree" for r in found)
         console.print(f"{title}: {agree} of {len(found)} agree within their error bars")
     larger = memory(a, b)
-    for told in larger:
-        console.print(f"[red]more memory: {told}[/red]")
+    for heading, cases_of in (("more memory", larger), ("no figure in B", gone)):
+        for told in cases_of:
+            console.print(f"{heading}: {told}", style="red", markup=False)
     slower = [r for r in pooled + cases if r.verdict == "slower" and r.role == "ours"]
-    if slower or larger:
-        told = ", ".join(dict.fromkeys(r.provider for r in slower))
-        console.print(f"[red]slower: {told}[/red]" if slower else "[red]no slower, but larger[/red]")
-    return not slower and not larger
+    if slower:
+        console.print(f"[red]slower: {', '.join(dict.fromkeys(r.provider for r in slower))}[/red]")
+    return not slower and not larger and not gone

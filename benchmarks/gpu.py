@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,8 @@ TESTS_SHARE = 0.35
 PROVIDER_SECONDS = 90.0  # that a turn of a provider may take
 
 
-def run(options: argparse.Namespace) -> None:
-    """Writes into options.output. Raises SystemExit where a test failed, at the very end."""
+def run(options: argparse.Namespace) -> list[str]:
+    """Writes into options.output. Returns what failed: workloads, tests."""
     end = time.monotonic() + options.time_limit
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
@@ -34,6 +37,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"tests marked gpu: {tests['summary']}", flush=True)
     size, device = ("tiny", "cpu") if options.dry else ("quick", "cuda")
     rounds = 1 if options.dry else session.ROUNDS[size]
+    failed: list[str] = []
     for suite, share in SHARES.items():
         now = time.monotonic()
         context = session.context(
@@ -43,23 +47,29 @@ def run(options: argparse.Namespace) -> None:
             rounds=rounds,
             deadline=now + share * (end - now),
         )
-        session.run(session.chosen(suite, None), size, context, output, tests=False)
+        failed += session.run(session.chosen(suite, None), size, context, output, tests=False)
     if tests["status"]:
-        raise SystemExit(f"tests marked gpu: {tests['summary']}; {output / TESTS}.log has all of it")
+        failed.append(f"tests marked gpu: {tests['summary']}; {output / TESTS}.log has all of it")
+    return failed
 
 
 def run_tests(output: Path, seconds: float, tests: str) -> dict[str, Any]:
     """Runs pytest, its output into a file; what was done when the time was up counts."""
+    found = output / f"{TESTS}.json"
+    found.unlink(missing_ok=True)  # of an earlier run
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "-rf", "-p", "no:cacheprovider"]
     log, began = output / f"{TESTS}.log", time.monotonic()
     with log.open("w") as file:
-        process = subprocess.Popen([*command, tests], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+        process = subprocess.Popen(
+            [*command, tests], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+        )
         try:
             status: int | None = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what the tests began
             process.wait()
     lines = log.read_text().strip().splitlines() or ["pytest said nothing"]
     # pytest's closing line, or how far it came
@@ -70,5 +80,5 @@ def run_tests(output: Path, seconds: float, tests: str) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),
         "failed": re.findall(r"^FAILED (\S+)", "\n".join(lines), re.MULTILINE),
     }
-    (output / f"{TESTS}.json").write_text(json.dumps(told, indent=2) + "\n")
+    found.write_text(json.dumps(told, indent=2) + "\n")
     return told

@@ -13,9 +13,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+# Threads that wait spin as libgomp has them do by itself: for processes that are timed, one at a time.
+TIMED = {"GOMP_SPINCOUNT": "300000"}
+
 
 def worker_environment() -> dict[str, str]:
-    # Threads that wait give their core away: on a shared machine spinning ones slow a run by several times.
+    # Threads that wait give their core away: beside other processes spinning ones slow a run by several times.
     calm = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     calm.pop("TRITON_INTERPRET", None)  # set by tests, and not what anybody would measure
     return calm
@@ -24,9 +27,8 @@ def worker_environment() -> dict[str, str]:
 class Worker:
     """A process `python -m MODULE` that answers each line of JSON with one."""
 
-    def __init__(self, module: str, timeout: float, environment: dict[str, str]) -> None:
-        """timeout: seconds that an answer may take; environment: variables on top of this process's."""
-        self._timeout = timeout
+    def __init__(self, module: str, environment: dict[str, str]) -> None:
+        """environment: variables on top of this process's."""
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
@@ -37,8 +39,8 @@ class Worker:
             env={**worker_environment(), **environment},
         )
 
-    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The answer, or {"status": ..., "note": ...} where the process ended or took too long, and was killed."""
+    def ask(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """The answer, or {"status": ..., "note": ...} where the process ended, or took more seconds and was killed."""
         assert self._process.stdin
         assert self._process.stdout
         late = threading.Event()
@@ -47,7 +49,7 @@ class Worker:
             late.set()
             self._process.kill()
 
-        timer = threading.Timer(self._timeout, kill)
+        timer = threading.Timer(timeout, kill)
         timer.start()
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
@@ -61,7 +63,7 @@ class Worker:
             return json.loads(line)
         code = self._process.wait()
         if late.is_set():
-            return {"status": "timed out", "note": f"no answer within {self._timeout:g} s"}
+            return {"status": "timed out", "note": f"no answer within {timeout:.3g} s"}
         if code == -signal.SIGKILL:
             return {"status": "out of memory", "note": "killed by the system"}
         self._errors.seek(0)
@@ -72,10 +74,21 @@ class Worker:
     def ended(self) -> bool:
         return self._process.poll() is not None
 
-    def close(self) -> None:
+    def kill(self) -> None:
+        """What it was asked is answered at once: it ended."""
         self._process.kill()
+
+    def close(self) -> None:
+        self.kill()
         self._process.communicate()
         self._errors.close()
+
+
+def volunteer() -> None:
+    """If memory runs out nevertheless, the kernel should take this process and no other."""
+    score = Path("/proc/self/oom_score_adj")
+    if score.exists():
+        score.write_text("1000")
 
 
 class PeakMemory:
@@ -124,7 +137,10 @@ def _status(field: str) -> int:
 
 
 def available_bytes() -> int | None:
-    """Memory that can be had without swapping, within the limit of a control group; None where it is not told."""
+    """Memory that can be had without swapping, within the limit of a control group; None where it is not told.
+
+    What a group holds of files that it may drop counts as available, as it does for the whole machine.
+    """
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
@@ -133,6 +149,8 @@ def available_bytes() -> int | None:
     try:
         group = Path("/sys/fs/cgroup")
         left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):  # no such group, or "max"
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        left += int(parts["inactive_file"])
+    except (OSError, ValueError, KeyError):  # no such group, or "max"
         return free
     return min(free, left)

@@ -230,15 +230,15 @@ def picture(folder: Path, file: Path) -> None:
         for axis in axes[:2]:
             axis.set_yticks(range(len(names)), names)
         axes[1].set_yticklabels([])
-        most = max(row.x for row in head)
-        shown = [row for row in head if row.metric == "of_floor" and row.x == most]
+        last = max((row for row in head if row.metric == "of_floor"), key=lambda row: row.x)
+        shown = [row for row in head if row.metric == "of_floor" and row.case == last.case]
         shown.sort(key=lambda row: row.median, reverse=True)
         for at, row in enumerate(shown):
             draw_bar(axes[2], at, row, 1, {"ours": OURS, "floor": FLOOR, "peer": PEERS[0]}[row.role])
         axes[2].set_yticks(range(len(shown)), [row.provider for row in shown])
         of = shown[0].configuration
         axes[2].set_title(
-            f"head, {most:,.0f} rows, D {of['hidden']}, V {of['vocab']:,}: x the matrix products",
+            f"head, {last.x:,.0f} rows, D {of['hidden']}, V {of['vocab']:,}: x the matrix products",
             loc="left",
             fontsize=9,
         )

@@ -7,6 +7,8 @@ A suite is a package `benchmarks.suites.NAME` with `WORKLOADS` and a module `tas
     tolerance(case)                 the most that an error may be
     needs(provider, case)           bytes that it takes beside what is there, a lower bound; 0 where nobody knows
     load(provider, case, folder)    a Task
+
+A case that says "alone" is measured one provider after the other: they would not fit into a GPU's memory together.
 """
 
 from __future__ import annotations
@@ -31,8 +33,7 @@ Role = Literal["ours", "peer", "floor"]
 class Task(Protocol):
     """A provider's work on a case, in a process that has nothing else to do."""
 
-    facts: dict[str, float]  # what is counted and not timed: tokens, result_bytes
-    keeps_state: bool  # calls leave things behind that count as memory: gradients, the optimiser's state
+    facts: dict[str, float]  # what is counted and not timed: tokens, result_bytes; asked for after `value`
 
     @property
     def note(self) -> str:
@@ -44,6 +45,9 @@ class Task(Protocol):
     def value(self, outputs: Any) -> float | None:
         """A number of what `run` returned that readers can compare, such as the loss."""
 
+    def errors(self, outputs: Any) -> dict[str, float]:
+        """Relative errors of what `run` returned, as far as they can be told at the size that is measured."""
+
 
 @dataclass(frozen=True)
 class Provider:
@@ -54,7 +58,7 @@ class Provider:
     what:      one line for readers: which function with which options
     package:   the distribution whose version goes into its rows, where it is not ours or torch itself
     devices:   where it runs
-    kernel:    what it computes, where that is not the workload's kernel
+    kernel:    what it computes, where that is not the workload's kernel; best peers are of the same kernel
     bound:     of a floor: what it stands for. Floors of one bound are ways to come near it, and the fastest counts; of
                several bounds the slowest is the floor
     """
@@ -85,6 +89,7 @@ class Workload:
     runner:     the module whose `measure` and `verify` take the workload
     dry:        providers of a dry run, which walks through what a GPU would run: the floor, ours, a peer; empty where
                 another workload of the suite goes the same way
+    with_x:     keys of a case that follow from x, and are not its configuration
     """
 
     name: str
@@ -99,6 +104,7 @@ class Workload:
     tests: tuple[str, ...] = ()
     runner: str = "benchmarks.runner"
     dry: tuple[str, ...] = ()
+    with_x: tuple[str, ...] = ()
 
 
 def task_module(suite: str) -> Any:

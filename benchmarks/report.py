@@ -16,7 +16,8 @@ from benchmarks.rows import Row, read
 
 INTRODUCTION = """Written by `python -m benchmarks`; `benchmarks/README.md` says how it measures and how to read this.
 Times are medians over rounds that went over all providers in turn, 20th and 80th percentile in brackets; ratios are
-taken round by round. Below 1 is faster, or smaller, than what it is held against."""
+taken round by round. Below 1 is faster, or smaller, than what it is held against. Where a configuration says `alone`,
+its providers would not fit into memory together and came one after the other."""
 OURS = "ours"  # the provider that is what users get; the other ones of ours are told apart from it
 
 
@@ -94,17 +95,25 @@ def beside_each_peer(rows: Sequence[Row]) -> list[str]:
             cases = dict.fromkeys(case for m, case, *_ in figures if m == mode)
             for peer in dict.fromkeys(row.provider for row in own if row.role == "peer"):
                 ratios: dict[str, list[float]] = {"seconds": [], "extra_bytes": []}
+                mine = like(peer, own)
                 for case in cases:
                     for metric, found in ratios.items():
-                        pair = [figures.get((mode, case, provider, metric)) for provider in (OURS, peer)]
+                        pair = [figures.get((mode, case, provider, metric)) for provider in (mine, peer)]
                         if pair[0] and pair[1] and min(pair[0].median, pair[1].median) > 0:
                             rounds = zip(pair[0].values, pair[1].values, strict=False)
                             found.append(median(a / b for a, b in rounds))
                 if ratios["seconds"]:
                     cells = [span(values) if values else "" for values in ratios.values()]
-                    lines.append((name, mode, peer, str(len(ratios["seconds"])), *cells))
-    headings = ("workload", "mode", "peer", "cases", "time of that peer's", "memory of that peer's")
-    return ["## `ours` beside each peer", table(headings, lines)] if lines else []
+                    lines.append((name, mode, mine, peer, str(len(ratios["seconds"])), *cells))
+    headings = ("workload", "mode", "of ours", "peer", "cases", "time of that peer's", "memory of that peer's")
+    return ["## Ours beside each peer", table(headings, lines)] if lines else []
+
+
+def like(peer: str, rows: Sequence[Row]) -> str:
+    """The provider of ours that computes the same as a peer; `ours`, which then does more, where none does."""
+    kernels = {row.provider: row.kernel for row in rows}
+    same = [row.provider for row in rows if row.role == "ours" and row.kernel == kernels[peer]]
+    return OURS if OURS in same or not same else same[0]
 
 
 def memory_ratios(rows: Sequence[Row]) -> list[float]:
@@ -116,16 +125,46 @@ def memory_ratios(rows: Sequence[Row]) -> list[float]:
 
 
 def losses(rows: Sequence[Row]) -> list[str]:
-    """Where a peer is faster than `ours` in most rounds."""
-    slower = [r for r in rows if r.provider == OURS and r.metric == "of_best_peer" and r.median > 1]
-    lines = [
-        (r.workload, r.mode, f"{r.x_name} {r.x:,.0f}, {configuration(r)}", r.note.removeprefix("of "), ratio(r))
-        for r in slower
-    ]
+    """Where a peer is faster than `ours` by the median, or takes less memory, or where `ours` has no figure."""
+    lines, compared = [], 0
+    for row in rows:
+        if row.provider != OURS:
+            continue
+        case = f"{row.x_name} {row.x:,.0f}, {configuration(row)}"
+        if row.metric == "seconds" and row.status != "ok":
+            lines.append((row.workload, row.mode, case, "no figure", "", f"{row.status}: {row.note}"))
+        elif row.metric == "of_best_peer":
+            compared += 1
+            if row.median > 1:
+                lines.append((row.workload, row.mode, case, "time", row.note.removeprefix("of "), ratio(row)))
+            lean, bytes_of = leanest(row, rows)
+            if lean and bytes_of > 1:
+                lines.append((row.workload, row.mode, case, "memory", lean, f"{bytes_of:.2f}"))
+    told = f"`ours` stands beside peers in {compared} cases. "
     if not lines:
-        return ["## Where ours loses", "In no case of this run was a peer faster than `ours` by the median."]
-    headings = ("workload", "mode", "case", "faster peer", "time of that peer's")
-    return ["## Where ours loses", table(headings, lines)]
+        if not compared:
+            return []
+        return ["## Where ours loses", told + "In none of them a peer was faster by the median, or took less memory."]
+    headings = ("workload", "mode", "case", "in", "better peer", "of that peer's")
+    return [
+        "## Where ours loses",
+        told + "Here a peer was faster by the median, or took less memory:",
+        table(headings, lines),
+    ]
+
+
+def leanest(of: Row, rows: Sequence[Row]) -> tuple[str, float]:
+    """(the peer of the same kernel and case that takes least memory, memory of `ours` over its own); ("", 0) if none"""
+    memory = {
+        row.provider: row
+        for row in rows
+        if row.metric == "extra_bytes" and row.case == of.case and row.values and row.kernel == of.kernel
+    }
+    peers = [row for row in memory.values() if row.role == "peer" and row.median > 0]
+    if OURS not in memory or not peers:
+        return "", 0.0
+    least = min(peers, key=lambda row: row.median)
+    return least.provider, memory[OURS].median / least.median
 
 
 def absent(rows: Sequence[Row]) -> list[str]:

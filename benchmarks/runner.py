@@ -1,7 +1,8 @@
 """Measures a workload: every provider is held against float64 first, then they take turns, each in its own process.
 
 On CPUs a process is made for one provider and one case; on GPUs, where the allocator tells memory, it stays for all
-cases of a workload. Ratios are taken round by round, so that a machine whose speed drifts favours nobody.
+cases of a workload, and forgets what was compiled for the case before. Processes that verify are others. Ratios are
+taken round by round, so that a machine whose speed drifts favours nobody.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,13 +20,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.environment import commit, processor, versions
-from benchmarks.measure import Worker, available_bytes
+from benchmarks.measure import TIMED, Worker, available_bytes
 from benchmarks.registry import Case, Provider, Workload, task_module
 from benchmarks.rows import Row
 
 WORKER = "benchmarks.worker"
 RESERVE_SECONDS = 20.0  # of a time limit, for what a turn takes and for the report
-LEAST_ROUNDS = 3
 
 Answer = dict[str, Any]
 
@@ -35,19 +35,21 @@ class Context:
     """What is the same for all workloads of a run.
 
     rounds:     over all providers of a case
+    threads:    of each process, on the CPU
     timeout:    seconds that one answer of a provider may take
-    deadline:   when to stop, of time.monotonic; cases after it are rows that say so
+    deadline:   when to stop, of time.monotonic; cases after it are rows that say so, answers under way are cut off
     keep:       takes the rows of each case when it is done, or interrupted
     only:       names of providers; all where empty
     dry:        Triton's kernels in its interpreter, to walk through what a GPU would run
     model, data: real weights and pairs for training steps, where they are named
     verified:   what was found so far by (suite, provider, kind)
+    workers:    processes that are open; none can be opened when the run was stopped
     """
 
     device: str
     rounds: int
     keep: Callable[[list[Row]], None]
-    threads: int = 0
+    threads: int
     timeout: float = 600.0
     deadline: float = float("inf")
     only: tuple[str, ...] = ()
@@ -57,9 +59,41 @@ class Context:
     device_name: str = ""
     verified: dict[tuple[Any, ...], Answer] = field(default_factory=dict)
     commit: str = field(default_factory=commit)
+    workers: set[Worker] = field(default_factory=set)
+    stopped: bool = False
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
+
+    @contextmanager
+    def open(self, module: str, environment: dict[str, str]) -> Iterator[Worker]:
+        """A process `python -m MODULE`, ended at the end. Raises RuntimeError when the run was stopped."""
+        if self.stopped:
+            raise RuntimeError("the run was stopped")
+        worker = Worker(module, environment)
+        self.workers.add(worker)
+        try:
+            yield worker
+        finally:
+            self.workers.discard(worker)
+            worker.close()
+
+    def ask(self, worker: Worker, message: dict[str, Any]) -> Answer:
+        """The answer, or NOT_RUN where the deadline came first."""
+        answer = worker.ask(message, min(self.timeout, max(1.0, self.left())))
+        return dict(NOT_RUN) if answer["status"] == "timed out" and self.left() <= 0 else answer
+
+    def side_by_side(self, work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        """work(item) for each, several at once: for what is not timed. An interrupt ends all processes."""
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // (1 if self.device == "cpu" else 2))) as threads:
+            try:
+                return list(threads.map(work, items))
+            except BaseException:
+                self.stopped = True
+                threads.shutdown(wait=False, cancel_futures=True)
+                for worker in list(self.workers):
+                    worker.kill()
+                raise
 
     def providers(self, workload: Workload) -> list[Provider]:
         if self.dry:
@@ -70,10 +104,8 @@ class Context:
 def measure(workload: Workload, cases: list[Case], context: Context, red: str = "") -> None:
     """Hands the rows of every case to `context.keep`. red: tests that failed, so that ours is not measured."""
     providers = context.providers(workload)
-    with ExitStack() as stack:
-        pool = stack.enter_context(Pool(workload, context))
-        verified = verify(workload, cases, context, pool)
-        folder = stack.enter_context(folder_in_memory())
+    verified = verify(workload, cases, context)
+    with Pool(workload, context, TIMED) as pool, folder_in_memory() as folder:
         took = 0.0
         for case in cases:
             answers = {p.name: dict(verified[p.name, kind_of(workload, case)]) for p in providers}
@@ -97,33 +129,33 @@ def measure(workload: Workload, cases: list[Case], context: Context, red: str = 
 NOT_RUN = {"status": "not run", "note": "the run ended before its turn"}
 
 
+def failed_rows(workload: Workload, case: Case, context: Context, told: str) -> list[Row]:
+    """Of a case that could not be measured at all."""
+    failure = {"status": "failed", "note": told}
+    return as_rows(workload, case, context, {p.name: failure for p in context.providers(workload)}, {})
+
+
 def kind_of(workload: Workload, case: Case) -> tuple[Any, ...]:
     return tuple(case[key] for key in workload.kinds)
 
 
-def verify(
-    workload: Workload, cases: list[Case], context: Context, pool: Pool
-) -> dict[tuple[str, tuple[Any, ...]], Answer]:
-    """Every provider's errors for each kind of case, or why there are none. Several at once: nothing is timed."""
+def verify(workload: Workload, cases: list[Case], context: Context) -> dict[tuple[str, tuple[Any, ...]], Answer]:
+    """Every provider's errors for each kind of case, or why there are none; what was found before is not asked."""
     kinds = {kind_of(workload, case): case for case in cases}
     providers = context.providers(workload)
     of = {(p.name, kind): (workload.suite, p.name, workload.kinds, kind) for p in providers for kind in kinds}
 
     def verify_provider(provider: Provider) -> None:
         for kind, case in kinds.items():
-            if of[provider.name, kind] not in context.verified:
-                message = {"do": "verify", "provider": provider.name, "case": case}
-                context.verified[of[provider.name, kind]] = pool.ask(provider.name, message)
-        pool.release(provider.name)
+            if of[provider.name, kind] not in context.verified and context.left() > RESERVE_SECONDS:
+                answer = pool.ask(provider.name, {"do": "verify", "provider": provider.name, "case": case})
+                if answer["status"] != NOT_RUN["status"]:
+                    context.verified[of[provider.name, kind]] = answer
+        pool.close(provider.name)
 
-    with ThreadPoolExecutor(at_once(context)) as threads:
-        list(threads.map(verify_provider, providers))
-    return {key: context.verified[known] for key, known in of.items()}
-
-
-def at_once(context: Context) -> int:
-    """Processes that may be busy where nothing is timed."""
-    return max(1, (os.cpu_count() or 2) // (1 if context.device == "cpu" else 2))
+    with Pool(workload, context, {}) as pool:
+        context.side_by_side(verify_provider, providers)
+    return {key: context.verified.get(known, NOT_RUN) for key, known in of.items()}
 
 
 def take_turns(
@@ -136,37 +168,45 @@ def take_turns(
     seconds: dict[str, list[float]],
 ) -> None:
     """Fills in what each provider answers, and the seconds of its rounds."""
-    pool.start([name for name, answer in answers.items() if answer["status"] == "ok"])
-    for name, answer in answers.items():
-        if answer["status"] == "ok":
+    names = [name for name, answer in answers.items() if answer["status"] == "ok"]
+    for group in [[name] for name in names] if case.get("alone") else [names]:
+        pool.start(group, case)
+        for name in group:
             # Processes that wait hold little: what is available now is so in every turn.
-            answer |= too_large(workload, name, case)
-        if answer["status"] == "ok" and context.left() < RESERVE_SECONDS:
-            answer |= NOT_RUN
-        if answer["status"] == "ok":
-            message = {"do": "warm-up", "provider": name, "case": case, "inputs": str(folder)}
-            answer |= pool.ask(name, message)
-            if answer["status"] == "ok":
-                seconds[name] = []
+            answers[name] |= too_large(workload, name, case)
+            if answers[name]["status"] == "ok" and context.left() < RESERVE_SECONDS:
+                answers[name] |= NOT_RUN
+            if answers[name]["status"] == "ok":
+                message = {"do": "warm-up", "provider": name, "case": case, "inputs": str(folder)}
+                answers[name] |= pool.ask(name, message)
+        go_round([name for name in group if answers[name]["status"] == "ok"], context, pool, answers, seconds)
+        for name in group:
+            pool.release(name, case)
+
+
+def go_round(
+    names: list[str], context: Context, pool: Pool, answers: dict[str, Answer], seconds: dict[str, list[float]]
+) -> None:
     for done in range(context.rounds):
-        if done >= LEAST_ROUNDS and context.left() < RESERVE_SECONDS:
-            break
-        for name in list(seconds):
+        if done and context.left() < RESERVE_SECONDS:
+            return
+        for name in list(names):
             turn = pool.ask(name, {"do": "measure"})
             if turn["status"] == "ok":
-                seconds[name].append(turn["seconds"])
+                seconds.setdefault(name, []).append(turn["seconds"])
+            elif turn["status"] == NOT_RUN["status"]:
+                return
             else:
                 answers[name] |= turn
-                del seconds[name]
-    for name in answers:
-        pool.release(name)
+                seconds.pop(name, None)
+                names.remove(name)
 
 
 class Pool:
-    """A process for each provider, made when it is first asked something."""
+    """A process for each provider, made when it is first asked something, with compilers' caches of its own."""
 
-    def __init__(self, workload: Workload, context: Context) -> None:
-        self._workload, self._context = workload, context
+    def __init__(self, workload: Workload, context: Context, environment: dict[str, str]) -> None:
+        self._workload, self._context, self._environment = workload, context, environment
         self._open: dict[str, tuple[Worker, ExitStack]] = {}
 
     def __enter__(self) -> Pool:
@@ -174,63 +214,58 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         for name in list(self._open):
-            self._close(name)
+            self.close(name)
 
-    def start(self, providers: list[str]) -> None:
+    def start(self, providers: list[str], case: Case) -> None:
         """Their processes import at the same time, and have done so when this returns."""
-        with ThreadPoolExecutor(at_once(self._context)) as threads:
-            list(threads.map(self._start, providers))
+        self._context.side_by_side(lambda name: self._start(name, case), providers)
 
-    def _start(self, provider: str) -> Answer:
+    def _start(self, provider: str, case: Case | None) -> Answer:
         """The answer of a new process; none is kept where it is not ok."""
         if provider in self._open:
             return {"status": "ok"}
         stack = ExitStack()
-        worker = stack.enter_context(new_worker(self._context))
+        caches = stack.enter_context(TemporaryDirectory(prefix="stepdpo-", ignore_cleanup_errors=True))
+        environment = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/i", "TRITON_CACHE_DIR": f"{caches}/t", **self._environment}
+        if self._context.dry:
+            environment["TRITON_INTERPRET"] = "1"
+        worker = stack.enter_context(self._context.open(WORKER, environment))
         self._open[provider] = worker, stack
-        ready = self._ask(worker, {"do": "ready", "device": self._context.device})
+        device = case["device"] if case else self._context.device
+        ready = self._ask(worker, {"do": "ready", "device": device})
         if ready["status"] != "ok":
-            self._close(provider)
-        else:
-            self._context.device_name = ready["device"] if self._context.device == "cuda" else processor()
+            self.close(provider)
+        elif device != "cpu":
+            self._context.device_name = ready["device"]
         return ready
 
     def ask(self, provider: str, message: dict[str, Any]) -> Answer:
         """The answer; where the process ended, the next question is for another one."""
-        ready = self._start(provider)
+        ready = self._start(provider, message.get("case"))
         if ready["status"] != "ok":
             return ready
         answer = self._ask(self._open[provider][0], message)
         if self._open[provider][0].ended:
-            self._close(provider)
+            self.close(provider)
         return answer
 
     def _ask(self, worker: Worker, message: dict[str, Any]) -> Answer:
-        return worker.ask({**message, "suite": self._workload.suite, "threads": self._context.threads})
+        told = {**message, "suite": self._workload.suite, "threads": self._context.threads}
+        return self._context.ask(worker, told)
 
-    def release(self, provider: str) -> None:
+    def release(self, provider: str, case: Case) -> None:
         """The provider's case is done."""
         if provider not in self._open:
             return
-        if self._context.device == "cuda" or self._context.dry:  # a dry run does as on a GPU
+        if case["device"] == "cuda" or self._context.dry:  # a dry run does as on a GPU
             self.ask(provider, {"do": "forget"})
         else:
-            self._close(provider)
+            self.close(provider)
 
-    def _close(self, provider: str) -> None:
-        worker, stack = self._open.pop(provider)
-        worker.close()
-        stack.close()
-
-
-@contextmanager
-def new_worker(context: Context) -> Iterator[Worker]:
-    """A process with compilers' caches of its own, empty ones."""
-    with TemporaryDirectory(prefix="stepdpo-", ignore_cleanup_errors=True) as caches:
-        environment = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/i", "TRITON_CACHE_DIR": f"{caches}/t"}
-        if context.dry:
-            environment["TRITON_INTERPRET"] = "1"
-        yield Worker(WORKER, context.timeout, environment)
+    def close(self, provider: str) -> None:
+        """Ends its process, where it has one."""
+        if provider in self._open:
+            self._open.pop(provider)[1].close()
 
 
 @contextmanager
@@ -286,7 +321,7 @@ def ratio_rows(base: Row, workload: Workload, seconds: dict[str, list[float]]) -
     rows = []
     for metric, best in (
         ("of_floor", floor_of(workload, seconds)),
-        ("of_best_peer", fastest("peer", workload, seconds)),
+        ("of_best_peer", fastest("peer", workload, seconds, kernel=base.kernel)),
     ):
         if best:
             ratios = tuple(a / b for a, b in zip(seconds[base.provider], seconds[best], strict=False))
@@ -294,9 +329,16 @@ def ratio_rows(base: Row, workload: Workload, seconds: dict[str, list[float]]) -
     return rows
 
 
-def fastest(role: str, workload: Workload, seconds: dict[str, list[float]], bound: str = "") -> str:
-    """Of a role, and of a bound where one is named; empty where none of them ran."""
-    names = [p.name for p in workload.providers if p.role == role and p.name in seconds and bound in ("", p.bound)]
+def fastest(role: str, workload: Workload, seconds: dict[str, list[float]], bound: str = "", kernel: str = "") -> str:
+    """Of a role, and of a bound and a kernel where they are named; empty where none of them ran."""
+    names = [
+        p.name
+        for p in workload.providers
+        if p.role == role
+        and p.name in seconds
+        and bound in ("", p.bound)
+        and kernel in ("", p.kernel or workload.kernel)
+    ]
     return min(names, key=lambda name: median(seconds[name]), default="")
 
 
@@ -323,7 +365,7 @@ def once(answer: Answer) -> Iterator[tuple[str, str, float]]:
 
 
 def row_of(workload: Workload, provider: Provider, case: Case, context: Context) -> Row:
-    told_otherwise = ("mode", "device", "rounds", "alone", workload.x)
+    told_otherwise = ("mode", "device", "rounds", workload.x, *workload.with_x)
     configuration = {k: v for k, v in case.items() if k not in told_otherwise}
     return Row(
         workload=workload.name,
@@ -336,8 +378,8 @@ def row_of(workload: Workload, provider: Provider, case: Case, context: Context)
         x_name=workload.x,
         x=float(case[workload.x]),
         values=(),
-        configuration=configuration | {"threads": context.threads or os.cpu_count()},
-        device=context.device_name,
+        configuration=configuration | {"threads": context.threads},
+        device=processor() if case["device"] == "cpu" else context.device_name,
         versions=versions(provider.package),
         commit=context.commit,
     )

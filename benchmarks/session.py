@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import traceback
+from collections import Counter
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -15,8 +17,7 @@ from benchmarks import gates, rows
 from benchmarks.environment import environment
 from benchmarks.registry import SUITES, Workload, workloads
 from benchmarks.rows import Row
-from benchmarks.runner import Context, Pool, kind_of
-from benchmarks.runner import verify as errors_of
+from benchmarks.runner import Context, failed_rows
 from benchmarks.tables import print_case, print_errors
 
 ROUNDS = {"tiny": 2, "quick": 5, "full": 9}
@@ -34,6 +35,8 @@ def chosen(suite: str, names: list[str] | None) -> list[Workload]:
 
 def context(options: argparse.Namespace, rounds: int, deadline: float) -> Context:
     """Raises SystemExit where a provider is nobody's."""
+    import torch
+
     only = tuple(options.providers or ())
     known = {p.name: p.role for workload in workloads(options.suite) for p in workload.providers}
     if set(only) - set(known):
@@ -44,7 +47,7 @@ def context(options: argparse.Namespace, rounds: int, deadline: float) -> Contex
         device=options.device or default_device(),
         rounds=rounds,
         keep=lambda _: None,
-        threads=options.threads,
+        threads=options.threads or torch.get_num_threads(),
         timeout=options.timeout,
         deadline=deadline,
         only=only,
@@ -60,11 +63,15 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run(chosen: list[Workload], size: str, context: Context, output: Path, tests: bool) -> None:
-    """Writes `output`/SUITE.csv and environment.json; rows of workloads that are not run now stay."""
+def run(chosen: list[Workload], size: str, context: Context, output: Path, tests: bool) -> list[str]:
+    """Writes `output`/SUITE.csv and environment.json; rows of an earlier run stay until their workload has new ones.
+
+    Returns what failed: workloads that could not be measured to their end.
+    """
     console = Console(width=200)
     began = time.monotonic()
-    red = gates.red_tests(chosen) if tests else {}
+    failed = []
+    red = gates.red_tests(chosen, context.left()) if tests else {}
     for test, told in red.items():
         console.print(f"[red]{test}: {told}[/red]")
     for suite in SUITES:
@@ -72,10 +79,14 @@ def run(chosen: list[Workload], size: str, context: Context, output: Path, tests
         if not mine:
             continue
         path = output / f"{suite}{rows.SUFFIX}"
-        names = {workload.name for workload in mine}
-        written = [row for row in rows.read(path) if row.workload not in names] if path.exists() else []
+        written = rows.read(path) if path.exists() else []
+        done: Counter[str] = Counter()  # cases of each workload
 
-        def keep(found: list[Row], written: list[Row] = written, path: Path = path) -> None:
+        def keep(found: list[Row], written: list[Row] = written, path: Path = path, done: Counter[str] = done) -> None:
+            name = found[0].workload
+            if not done[name]:
+                written[:] = [row for row in written if row.workload != name]
+            done[name] += 1
             written += found
             rows.write(path, written)
             told = environment(context.device_name)
@@ -88,8 +99,15 @@ def run(chosen: list[Workload], size: str, context: Context, output: Path, tests
                 continue
             cases = workload.cases(context.device, size)
             console.rule(f"{workload.name}: {workload.title} ({time.monotonic() - began:.0f} s)")
-            import_module(workload.runner).measure(workload, cases, context, gates.of(workload, red))
+            try:
+                import_module(workload.runner).measure(workload, cases, context, gates.of(workload, red))
+            except Exception as error:  # what was measured stays, and the other workloads have their turns
+                console.print(traceback.format_exc(), markup=False)
+                failed.append(f"{workload.name} could not be measured to its end")
+                for case in cases[done[workload.name] :]:
+                    keep(failed_rows(workload, case, context, f"{type(error).__name__}: {error}".splitlines()[0]))
     console.print(f"{time.monotonic() - began:.0f} s in all")
+    return failed
 
 
 def verify(chosen: Iterable[Workload], size: str, options: argparse.Namespace) -> bool:
@@ -97,20 +115,12 @@ def verify(chosen: Iterable[Workload], size: str, options: argparse.Namespace) -
     console = Console(width=200)
     told = context(options, 0, float("inf"))
     chosen = list(chosen)
-    red = gates.red_tests(chosen) if options.tests else {}
+    red = gates.red_tests(chosen, told.left()) if options.tests else {}
     right = not red
     for test, what in red.items():
         console.print(f"[red]{test}: {what}[/red]")
-    done = set()
     for workload in chosen:
         cases = workload.cases(told.device, size)
-        if workload.runner != "benchmarks.runner":
-            verified = import_module(workload.runner).verify(workload, cases, told)
-        else:
-            fresh = {(kind_of(workload, c), workload.providers): c for c in cases}
-            cases = [c for key, c in fresh.items() if key not in done]
-            done |= set(fresh)
-            with Pool(workload, told) as pool:
-                verified = errors_of(workload, cases, told, pool)
+        verified = import_module(workload.runner).verify(workload, cases, told)
         right &= print_errors(workload, verified, console)
     return right

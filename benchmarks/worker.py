@@ -3,7 +3,7 @@
 
     {"do": "ready"}       the device's name, when libraries are imported
     {"do": "verify"}      relative errors to float64, on a small problem of the kind of the case beside it
-    {"do": "warm-up"}     its first call on the case, and the peak of memory: of a second call, or from loading on
+    {"do": "warm-up"}     its first call on the case, errors of a sample, and the peak of a second call's memory
     {"do": "measure"}     seconds of further calls
     {"do": "forget"}      lets go of the case
 """
@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 import torch
 
-from benchmarks.measure import PeakMemory
+from benchmarks.measure import PeakMemory, volunteer
 from benchmarks.registry import Task, task_module
 
 TURN_SECONDS, TURN_CALLS = 0.3, 10  # short calls are repeated within a turn: until this long, at most this many
@@ -36,7 +36,7 @@ def timed(task: Task) -> tuple[float, Any]:
     gc.collect()
     began = time.perf_counter()
     outputs = task.run()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # not so where all is on the host
         torch.cuda.synchronize()
     return time.perf_counter() - began, outputs
 
@@ -57,29 +57,26 @@ class Worker:
         task_module(message["suite"])
         if message["device"] == "cuda":
             return {"device": torch.cuda.get_device_name()}
-        return {"device": "cpu", "threads": torch.get_num_threads()}
+        return {"device": "cpu"}
 
     def _verify(self, message: dict[str, Any]) -> dict[str, Any]:
         module = task_module(message["suite"])
         errors = module.errors(message["provider"], message["case"])
-        most = module.tolerance(message["case"])
-        if all(error <= most for error in errors.values()):  # not so where one is NaN
-            return {"errors": errors}
-        told = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
-        return {"status": "wrong", "note": f"relative to float64: {told}", "errors": errors}
+        return {"errors": errors} | judged(errors, module.tolerance(message["case"]))
 
     def _warm_up(self, message: dict[str, Any]) -> dict[str, Any]:
         device = message["case"]["device"]
         task = self._task = task_module(message["suite"]).load(
             message["provider"], message["case"], Path(message["inputs"])
         )
-        gc.collect()
-        loaded = PeakMemory(device) if task.keeps_state else None
         first, outputs = timed(task)
-        value = task.value(outputs)
+        value, errors = task.value(outputs), task.errors(outputs)
+        wrong = judged(errors, task_module(message["suite"]).tolerance(message["case"]))
+        if wrong:
+            return wrong
         del outputs
         gc.collect()
-        memory = loaded or PeakMemory(device)
+        memory = PeakMemory(device)
         outputs = task.run()
         extra = memory.extra_bytes()
         del outputs
@@ -88,7 +85,7 @@ class Worker:
             "first_call_seconds": first,
             "extra_bytes": extra,
             "value": value,
-            "facts": task.facts,
+            "facts": task.facts | errors,
             "note": task.note,
         }
 
@@ -104,14 +101,24 @@ class Worker:
 
     def _forget(self, _: dict[str, Any]) -> dict[str, Any]:
         self._task = None
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # or the next shape would get code for shapes of any size
         give_back()
         return {}
+
+
+def judged(errors: dict[str, float], most: float) -> dict[str, str]:
+    """A status and a note where one of them is more than that, or no number; empty where all is right."""
+    if all(error <= most for error in errors.values()):  # not so where one is NaN
+        return {}
+    told = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
+    return {"status": "wrong", "note": f"relative to float64: {told}"}
 
 
 def give_back() -> None:
     """What PyTorch's allocator keeps of the GPU's memory, which other processes have their turns with."""
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
@@ -140,10 +147,7 @@ def serve(lines: Iterable[str], results: TextIO) -> None:
 
 
 def main() -> None:
-    # If memory runs out nevertheless, the kernel should take this process and no other.
-    score = Path("/proc/self/oom_score_adj")
-    if score.exists():
-        score.write_text("1000")
+    volunteer()
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the results
     serve(iter(sys.stdin.readline, ""), results)

@@ -83,9 +83,7 @@ def test_trainers_one_after_another(mode: str) -> None:
     metrics = {row.metric for row in kept if row.provider == "ours"}
     assert metrics >= {"reference_seconds", "training_seconds", "peak_bytes", "extra_bytes", "value", "of_floor"}
     assert {row.metric for row in kept if row.metric.startswith("error")} == {
-        "error_logps_chosen",
-        "error_logps_rejected",
-        *(("error_grad_norm",) if mode == "full" else ()),
+        f"error_{name}" for name in trainers.LOGGED
     }
 
 

@@ -108,6 +108,8 @@ def test_pair_loss(benchmark: BenchmarkFixture) -> None:
     def run() -> torch.Tensor:
         found = pair_loss(logps, batch.branches, batch.chosen, batch.rejected, reference, batch.weights, beta=0.4)
         (gradient,) = torch.autograd.grad(found.losses.sum(), logps)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         return gradient
 
     gradient = benchmark(run)

@@ -44,15 +44,15 @@ def test_available_memory_is_less_than_the_machine_has() -> None:
 
 
 def test_a_worker_that_does_not_answer_in_time_is_stopped() -> None:
-    worker = Worker("json.tool", timeout=1, environment={})  # reads to the end of its input, which does not come
-    assert worker.ask({})["status"] == "timed out"
+    worker = Worker("json.tool", environment={})  # reads to the end of its input, which does not come
+    assert worker.ask({}, timeout=1)["status"] == "timed out"
     assert worker.ended
     worker.close()
 
 
 def test_a_worker_that_does_not_start_says_why() -> None:
-    worker = Worker("no_such_module", timeout=60, environment={})
-    answer = worker.ask({})
+    worker = Worker("no_such_module", environment={})
+    answer = worker.ask({}, timeout=60)
     assert answer["status"] == "failed"
     assert "no_such_module" in answer["note"]
     worker.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import lengths
+from benchmarks import lengths, registry
+from benchmarks.runner import Context
 from benchmarks.suites import attention, step
 from benchmarks.suites.attention import providers as attention_providers
 from benchmarks.suites.attention import task as attention_task
@@ -217,12 +218,38 @@ def test_made_up_pairs_have_the_lengths_that_were_drawn(tmp_path: Path) -> None:
 
 
 def test_a_trainer_that_logs_something_else_is_caught() -> None:
-    true = {"status": "ok", "logps_chosen": -100.0, "logps_rejected": -90.0, "grad_norm": 3.0}
-    assert trainers.judged(dict(true), true, "full")["status"] == "ok"
-    assert trainers.judged({**true, "grad_norm": 1.5}, true, "full")["status"] == "wrong"
-    assert trainers.judged({**true, "grad_norm": 1.5}, true, "lora")["status"] == "ok"
-    assert trainers.judged({**true, "logps_chosen": -101.0}, true, "lora")["status"] == "wrong"
-    assert trainers.judged({**true, "logps_chosen": float("nan")}, true, "lora")["status"] == "wrong"
+    true = dict.fromkeys(trainers.LOGGED, 3.0)
+    assert trainers.judged({**true, "status": "ok"}, true)["status"] == "ok"
+    for name in trainers.LOGGED:
+        for value in (3.01, -3.0, float("nan")):
+            assert trainers.judged({**true, name: value}, true)["status"] == "wrong"
+
+
+def context(**changes: Any) -> Context:
+    return Context(device="cpu", rounds=1, keep=lambda _: None, threads=1, **changes)
+
+
+def test_an_update_that_is_not_the_right_one_is_caught() -> None:
+    told = context(only=("ours",))
+    with trainers.inputs_of({"model": "tiny", "dtype": "float32"}, "", "") as (model, data):
+        settings = trainers.settings_of("ours", {**trainers.VERIFIED, "mode": "full"}, told, model, data)
+        of = settings | trainers.CHECKED
+        true = trainers.two_steps({**of, "trainer": "oracle"}, told)
+        assert true["second_loss"] < 0.9 * true["loss"]  # so that its sign and its size count
+        assert trainers.judged(trainers.two_steps(of, told), true)["status"] == "ok"
+        faster = trainers.judged(trainers.two_steps({**of, "learning_rate": 1.1e-4}, told), true)
+        assert [name for name, error in faster["errors"].items() if error > trainers.TOLERANCE] == ["error_second_loss"]
+
+
+def test_steps_are_whole_numbers_of_forward_passes() -> None:
+    for workload in step.WORKLOADS:
+        for device, size in product(("cpu", "cuda"), registry.SIZES):
+            for of in workload.cases(device, size) if workload.kernel == "training_step" else ():
+                for name in trainers.SETTINGS:
+                    told = trainers.settings_of(name, of, context(), "", "")
+                    if told["trainer"] == "trl":
+                        assert told["pairs_per_step"] % told["at_once"] == 0, (name, of)
+                        assert told["pairs_per_step"] >= told["at_once"]
 
 
 def test_every_trainer_has_its_settings() -> None:

@@ -41,11 +41,14 @@ class Work:
         moved = [x if self.heads_at == 1 and x.ndim == 3 else x.transpose(1, 2).flatten(0, 1) for x in tensors]
         return torch.cat(moved)
 
-    def of_nodes(self, tensors: list[Tensor], nodes: int) -> Tensor:
-        """(nodes, heads, size): summed over the places of each node, in float64"""
-        flat, index = self.flat(tensors).double(), self.index.to(tensors[0].device)
-        real = index >= 0
-        return flat.new_zeros(nodes, *flat.shape[1:]).index_add_(0, index[real], flat[real])
+    def of_nodes(self, tensors: list[Tensor], nodes: Tensor) -> Tensor:
+        """(len(nodes), heads, size): summed over the places of each node, in float64; nodes (N,) rise"""
+        flat = self.flat(tensors)
+        row = torch.searchsorted(nodes, self.index).clamp(max=len(nodes) - 1)
+        here = nodes[row] == self.index  # padding is nobody's place
+        places, rows = here.nonzero()[:, 0].to(flat.device), row[here].to(flat.device)
+        parts = flat[places].double()
+        return parts.new_zeros(len(nodes), *parts.shape[1:]).index_add_(0, rows, parts)
 
 
 def places(forest: Forest, index: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -49,6 +49,7 @@ PROVIDERS = (
         *("quack", "peer", "chunked_linear_cross_entropy, reduction sum: one gradient for all rows"),
         "quack-kernels",
         devices=("cuda",),
+        kernel="cross_entropy_sum",
     ),
 )
 TESTS = ("tests/ops/test_linear_logprob.py",)

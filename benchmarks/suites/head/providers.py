@@ -61,12 +61,14 @@ class Way:
     run:         Problem -> what `objective` says
     objective:   rows, sum, pairs or products
     logits:      how many float32 [R, V] it holds at its peak, measured or read, to stay within the machine's memory
+    sums:        it holds dW in float32 beside the one that it returns
     took:        Problem -> a word on what it chose by itself
     """
 
     run: Callable[[Problem], Tensor]
     objective: str = "rows"
     logits: float = 0.0
+    sums: bool = False
     took: Callable[[Problem], str] | None = None
 
 
@@ -229,8 +231,8 @@ def quack(problem: Problem) -> Tensor:
 
 
 WAYS: dict[str, Way] = {
-    "products": Way(products(plain), "products", logits=1),
-    "products-onednn": Way(products(onednn), "products", logits=2),
+    "products": Way(products(plain), "products", logits=0.5),
+    "products-onednn": Way(products(onednn), "products", logits=1),
     "bytes": Way(bytes_of_weight, "products"),
     "ours": Way(ours("auto"), took=auto_choice),
     "ours-memory": Way(ours_memory),
@@ -240,7 +242,7 @@ WAYS: dict[str, Way] = {
     "eager": Way(eager, logits=3),
     "eager-compiled": Way(eager_compiled, logits=2.5),
     "trl-selective": Way(trl_selective, logits=3),
-    "trl-chunked": Way(trl_chunked, logits=0.25),
+    "trl-chunked": Way(trl_chunked, logits=0.25, sums=True),
     "liger-dpo": Way(liger_dpo, "pairs"),
     "cut-cross-entropy": Way(cut_cross_entropy, logits=2.5),
     "torch-linear-ce": Way(torch_linear_ce, logits=3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -15,10 +16,13 @@ from benchmarks.suites.head.providers import BETA, WAYS, Problem, Way, branch_le
 # A wrong formula is off by tens of percent, rounding in the dtype of the inputs by less than these.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 1e-2}
 SMALL = (96, 1000)  # rows, vocabulary of the problem that is verified
+SAMPLE = 64  # rows of the problem that is measured of which float64 is known
+COLUMNS = 8192  # of W that are made or read at once
 
 
 def prepare(case: Case, folder: Path) -> None:
     write_inputs(folder, case["dtype"], case["rows"], case["hidden"], case["vocab"], case["inputs"])
+    write_sample(folder, read_problem({**case, "device": "cpu", "mode": "logp"}, folder))
 
 
 def tolerance(case: Case) -> float:
@@ -30,9 +34,10 @@ def errors(provider: str, case: Case) -> dict[str, float]:
 
 
 def needs(provider: str, case: Case) -> int:
-    logits = WAYS[provider].logits * case["rows"] * case["vocab"] * 4
-    accumulator = case["vocab"] * case["hidden"] * 4 if case["mode"] == "full" else 0
-    return int(logits) + accumulator + gradient_bytes(case)
+    way = WAYS[provider]
+    logits = way.logits * case["rows"] * case["vocab"] * 4
+    sums = case["vocab"] * case["hidden"] * 4 if way.sums and case["mode"] == "full" else 0
+    return int(logits) + sums + gradient_bytes(case)
 
 
 def gradient_bytes(case: Case) -> int:
@@ -42,16 +47,14 @@ def gradient_bytes(case: Case) -> int:
 
 
 def load(provider: str, case: Case, folder: Path) -> Head:
-    return Head(WAYS[provider], read_problem(case, folder), gradient_bytes(case))
+    return Head(WAYS[provider], read_problem(case, folder), gradient_bytes(case), read_sample(case, folder))
 
 
 class Head:
     """Log-probs or loss and their gradients, from inputs that are there."""
 
-    keeps_state = False
-
-    def __init__(self, way: Way, problem: Problem, result_bytes: int) -> None:
-        self._way, self._problem = way, problem
+    def __init__(self, way: Way, problem: Problem, result_bytes: int, sample: tuple[Tensor, Tensor]) -> None:
+        self._way, self._problem, self._sample = way, problem, sample
         self.facts = {"result_bytes": float(result_bytes)}
 
     @property
@@ -65,6 +68,29 @@ class Head:
         result = outputs[0]
         return ((self._problem.upstream * result).sum() if self._way.objective == "rows" else result).item()
 
+    def errors(self, outputs: tuple[Tensor, tuple[Tensor, ...]]) -> dict[str, float]:
+        """Of a sample's log-probs and dX; of dW by <dX, X> = <dW, W>, which holds for any loss of the logits."""
+        result, gradients = outputs
+        if self._way.objective == "products":
+            return {}
+        found = {}
+        if self._way.objective == "rows":
+            rows = sampled(len(result)).to(result.device)
+            got = (result, *gradients)[:2]
+            for name, x, y in zip(("error_sample", "error_dx_sample"), got, self._sample, strict=False):
+                found[name] = relative(x[rows].cpu(), y)
+        if len(gradients) == 2:
+            found["error_dw_sum"] = disagreement(*gradients, self._problem)
+        return found
+
+
+def disagreement(dx: Tensor, dw: Tensor, problem: Problem) -> float:
+    """|<dX, X> - <dW, W>| over the length of the vector of rows' <dX_r, X_r>."""
+    of_rows = (dx.double() * problem.hidden.detach().double()).sum(dim=1)
+    parts = zip(dw.split(COLUMNS), problem.weight.detach().split(COLUMNS), strict=True)
+    of_weight = sum((a.double() * b.double()).sum() for a, b in parts)
+    return float((of_rows.sum() - of_weight).abs() / of_rows.norm())
+
 
 def write_inputs(folder: Path, dtype: str, rows: int, hidden: int, vocab: int, kind: str) -> None:
     """Files `weight`, `hidden`, `target`, `upstream` of a problem; a weight of the right size is kept.
@@ -77,8 +103,8 @@ def write_inputs(folder: Path, dtype: str, rows: int, hidden: int, vocab: int, k
     path = folder / "weight"
     if not path.exists() or path.stat().st_size != vocab * hidden * of.itemsize:
         with path.open("wb") as file:
-            for start in range(0, vocab, 8192):
-                part = torch.randn(min(8192, vocab - start), hidden, generator=generator) * hidden**-0.5
+            for start in range(0, vocab, COLUMNS):
+                part = torch.randn(min(COLUMNS, vocab - start), hidden, generator=generator) * hidden**-0.5
                 file.write(_bytes(part.to(of)))
     weight = torch.from_file(str(path), shared=False, size=vocab * hidden, dtype=of).view(vocab, hidden)
     generator.manual_seed(1)
@@ -89,6 +115,36 @@ def write_inputs(folder: Path, dtype: str, rows: int, hidden: int, vocab: int, k
     upstream = torch.randn(rows, generator=generator)
     for name, tensor in (("hidden", states.to(of)), ("target", target), ("upstream", upstream)):
         (folder / name).write_bytes(_bytes(tensor))
+
+
+def sampled(rows: int) -> Tensor:
+    """Some of them, the first and the last among them."""
+    return torch.linspace(0, rows - 1, min(SAMPLE, rows)).long()
+
+
+def write_sample(folder: Path, problem: Problem) -> None:
+    """Files `sample_logp` (S,) and `sample_dx` (S, D), float64, by the definition."""
+    rows = sampled(len(problem.target))
+    hidden, target = problem.hidden[rows].double(), problem.target[rows][:, None]
+    logits = torch.cat([hidden @ part.double().T for part in problem.weight.split(COLUMNS)], dim=1)
+    logps = logits.log_softmax(dim=1)
+    of_logits = -logps.exp()
+    of_logits.scatter_add_(1, target, torch.ones_like(of_logits[:, :1]))
+    of_logits *= problem.upstream[rows].double()[:, None]
+    parts = zip(of_logits.split(COLUMNS, dim=1), problem.weight.split(COLUMNS), strict=True)
+    dx = sum((g @ part.double() for g, part in parts), torch.zeros_like(hidden))
+    (folder / "sample_logp").write_bytes(_bytes(logps.gather(1, target)[:, 0]))
+    (folder / "sample_dx").write_bytes(_bytes(dx))
+
+
+def read_sample(case: Case, folder: Path) -> tuple[Tensor, Tensor]:
+    count = min(SAMPLE, case["rows"])
+
+    def read(name: str, *shape: int) -> Tensor:
+        path = str(folder / name)
+        return torch.from_file(path, shared=False, size=math.prod(shape), dtype=torch.float64).view(shape)
+
+    return read("sample_logp", count), read("sample_dx", count, case["hidden"])
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -166,10 +222,13 @@ def verify(way: Way, problem: Problem) -> dict[str, float]:
         return {}
     result, gradients = call(way, problem)
     true, true_gradients = oracle(way.objective, problem)
-    errors = {}
     names = ("error", "error_dx", "error_dw")
-    for name, x, y in zip(names, (result, *gradients), (true, *true_gradients), strict=False):
-        if x.shape != y.shape:
-            raise ValueError(f"{name} is of a result of shape {tuple(x.shape)}, and {tuple(y.shape)} is right")
-        errors[name] = ((x.double() - y).norm() / y.norm()).item()
-    return errors
+    pairs = zip_longest((result, *gradients), (true, *true_gradients))
+    return {name: relative(x, y) for name, (x, y) in zip(names, pairs, strict=False)}
+
+
+def relative(x: Tensor | None, y: Tensor | None) -> float:
+    """In the Euclidean norm, to y; infinite where one is missing or the shapes differ."""
+    if x is None or y is None or x.shape != y.shape:
+        return math.inf
+    return ((x.double() - y).norm() / y.norm()).item()

@@ -50,7 +50,7 @@ def by_pairs(device: str, size: str) -> list[Case]:
         found = [case(device, "Qwen2-1.5B", lengths="real", pairs=n, max_tokens=16_384) for n in pairs]
         checkpointed = {"mode": "lora", "checkpointing": True, "max_tokens": 16_384}
         if size == "full":
-            found += [case(device, "Qwen2-7B", lengths="real", pairs=n, **checkpointed) for n in (64, 256)]
+            found += [case(device, "Qwen2-7B", lengths="real", pairs=n, alone=True, **checkpointed) for n in (64, 256)]
         return found
     return [case(device, "llama-21M", lengths="real", pairs=n) for n in {"quick": (16,), "full": (4, 16, 64)}[size]]
 
@@ -98,15 +98,19 @@ def training_lora(device: str, size: str) -> list[Case]:
     return [case(device, "SmolLM2-135M", mode="lora", pairs_per_step=8, max_tokens=2048, rounds=3)]
 
 
-def _model(name: str, title: str, x: str, x_label: str, cases: Any) -> Workload:
+def _model(name: str, title: str, x: str, x_label: str, cases: Any, with_x: tuple[str, ...] = ()) -> Workload:
     dry = ("products", "ours", "padded-rows") if name == "model-pairs" else ()
-    return Workload(name, "step", "forward_backward", title, x, x_label, cases, MODEL_PROVIDERS, tests=TESTS, dry=dry)
+    of = (name, "step", "forward_backward", title, x, x_label, cases, MODEL_PROVIDERS)
+    return Workload(*of, with_x=with_x, tests=TESTS, dry=dry)
 
 
 def _training(name: str, title: str, cases: Any) -> Workload:
     return Workload(
         *(name, "step", "training_step", title, "pairs_per_step", "pairs of an optimiser step"),
-        *(cases, TRAINING_PROVIDERS, ("mode",), TESTS, "benchmarks.suites.step.trainers"),
+        *(cases, TRAINING_PROVIDERS),
+        kinds=("mode",),
+        tests=TESTS,
+        runner="benchmarks.suites.step.trainers",
         dry=("products", "ours", "trl") if name == "step-training" else (),
     )
 
@@ -115,7 +119,12 @@ WORKLOADS = (
     _training("step-training", "Training all weights: reference, forward, backward, optimiser", training),
     _training("step-lora", "Training an adapter of rank 16", training_lora),
     _model("model-pairs", "A model's forward and backward against its pairs", "pairs", "pairs", by_pairs),
-    _model("model-prefix", "The same against the length of prefixes", "prefix", "tokens of a prefix", by_prefix),
+    _model(
+        *("model-prefix", "The same against the length of prefixes, batches of a pair or 4,096 tokens", "prefix"),
+        "tokens of a prefix",
+        by_prefix,
+        with_x=("max_tokens",),
+    ),
     _model(
         *("model-branches", "The same against pairs of one prefix", "pairs_per_prefix", "pairs of a prefix"),
         by_branches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +83,6 @@ def with_adapter(model: Any) -> Any:
 class Pairs:
     """Forward and backward of all pairs of a case; gradients stay and add up."""
 
-    keeps_state = False
     note = ""
 
     def __init__(self, case: Case) -> None:
@@ -104,6 +104,9 @@ class Pairs:
 
     def value(self, outputs: float) -> float:
         return outputs
+
+    def errors(self, outputs: float) -> dict[str, float]:
+        return {}
 
 
 class Packed(Pairs):
@@ -185,7 +188,6 @@ def longer(pair: StepPair) -> int:
 class Products:
     """Products of every linear layer, forward and backward, over the unique tokens, and of the head over its rows."""
 
-    keeps_state = False
     note = ""
 
     def __init__(self, case: Case) -> None:
@@ -200,6 +202,9 @@ class Products:
 
     def value(self, outputs: None) -> None:
         return None
+
+    def errors(self, outputs: None) -> dict[str, float]:
+        return {}
 
 
 PROVIDERS: dict[str, Callable[[Case], Task]] = {
@@ -225,13 +230,12 @@ def errors(provider: str, case: Case) -> dict[str, float]:
     true_loss, true_gradients = oracle(task)
     loss = task.run()
     of = {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}
-    if of.keys() != true_gradients.keys():
-        raise ValueError(f"gradients of {sorted(of.keys() ^ true_gradients.keys())[:3]} are there or missing")
-    difference = sum((of[name].double() - true_gradients[name]).square().sum() for name in of)
+    same = of.keys() == true_gradients.keys()
+    difference = sum((of[name].double() - true_gradients[name]).square().sum() for name in of if same)
     length = sum(g.square().sum() for g in true_gradients.values())
     return {
         "error": abs(loss - true_loss) / true_loss,
-        "error_gradient": float((difference / length) ** 0.5),
+        "error_gradient": float((difference / length) ** 0.5) if same else math.inf,
     }
 
 

@@ -7,7 +7,6 @@ pairs. The time of round k is that of both for the k-th step. The first round is
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.environment import processor
-from benchmarks.measure import Worker
+from benchmarks.measure import TIMED, Worker
 from benchmarks.registry import Case, Workload
 from benchmarks.rows import Row
-from benchmarks.runner import NOT_RUN, RESERVE_SECONDS, Answer, Context, at_once, ratio_rows, row_of
+from benchmarks.runner import NOT_RUN, RESERVE_SECONDS, Answer, Context, ratio_rows, row_of
 
 WORKER = "benchmarks.suites.step.trainers_worker"
 # What a provider's name means; its number is what a forward pass takes at once: pairs of TRL.
@@ -35,14 +34,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "trl-packed": {"trainer": "trl", "at_once": 8, "packed": True},
 }
 DEFAULTS: dict[str, Any] = {"sampling": "shuffle", "share": "tree", "sorted": False, "packed": False}
-TOLERANCE = 1e-3  # in float32: of log-probs and the norm of the gradient, as the trainers log them
+TOLERANCE = 1e-3  # in float32: of log-probs, losses and the norm of the gradient, as the trainers log them
 VERIFIED = {"dtype": "float32", "pairs_per_step": 8, "max_tokens": 2048}
-CHECKED = {"steps": 1, "bf16": False}
+# Two steps on the same pairs: the second one says what the first one's update did.
+CHECKED = {"steps": 2, "repeat": True, "bf16": False, "learning_rate": 1e-4}
+LEARNING_RATE = 5e-7  # the paper's
 PAIRS = 256  # made-up pairs to draw from, where no data is named
 
 
 def verify(workload: Workload, cases: list[Case], context: Context) -> dict[tuple[str, tuple[Any, ...]], Answer]:
-    """Log-probs and the gradient's norm of a first step in float32, as logged, beside float64 and the definition."""
+    """What two steps on the same pairs log in float32, beside the definition in float64."""
     providers = context.providers(workload)
     kinds = [(p.name, mode) for mode in dict.fromkeys(case["mode"] for case in cases) for p in providers]
     found: dict[tuple[str, tuple[Any, ...]], Answer] = {
@@ -55,19 +56,20 @@ def verify(workload: Workload, cases: list[Case], context: Context) -> dict[tupl
 
         def first(name: str, mode: str, changes: dict[str, Any]) -> Answer:
             settings = settings_of(name, {**VERIFIED, "mode": mode}, context, model, data)
-            return first_step({**settings, **CHECKED, **changes}, context)
+            return two_steps({**settings, **CHECKED, **changes}, context)
 
         def define(key: tuple[str, str]) -> Answer:
             return first(definitions[key], key[1], {"trainer": "oracle"})
 
-        with ThreadPoolExecutor(at_once(context)) as threads:
-            true = dict(zip(definitions, threads.map(define, definitions), strict=True))
-            answers = list(threads.map(lambda kind: first(kind[0], kind[1], {}), checked))
+        true = dict(zip(definitions, context.side_by_side(define, definitions), strict=True))
+        answers = context.side_by_side(lambda kind: first(kind[0], kind[1], {}), checked)
     for (name, mode), answer in zip(checked, answers, strict=True):
         definition = true[drawn_by(name), mode]
         if definition["status"] != "ok":
-            raise SystemExit(f"the float64 definition of a training step failed: {definition['note']}")
-        found[name, (mode,)] = judged(answer, definition, mode) if answer["status"] == "ok" else answer
+            note = f"the float64 definition of a training step: {definition['note']}"
+            found[name, (mode,)] = {"status": definition["status"], "note": note}
+        else:
+            found[name, (mode,)] = judged(answer, definition) if answer["status"] == "ok" else answer
     return found
 
 
@@ -75,34 +77,37 @@ def drawn_by(name: str) -> str:
     return str({**DEFAULTS, **SETTINGS[name]}["sampling"])
 
 
-def judged(told: Answer, true: Answer, mode: str) -> Answer:
-    # An adapter begins with random weights, of which each library draws its own: log-probs alone are the same.
-    names = ("logps_chosen", "logps_rejected", *(("grad_norm",) if mode == "full" else ()))
-    errors = {f"error_{name}": abs(told[name] - true[name]) / abs(true[name]) for name in names}
+LOGGED = ("logps_chosen", "logps_rejected", "grad_norm", "loss", "second_loss")
+
+
+def judged(told: Answer, true: Answer) -> Answer:
+    errors = {f"error_{name}": abs(told[name] - true[name]) / abs(true[name]) for name in LOGGED}
     if all(error <= TOLERANCE for error in errors.values()):
         return {"status": "ok", "errors": errors}
     note = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
     return {"status": "wrong", "note": f"relative to float64: {note}", "errors": errors}
 
 
-def first_step(settings: dict[str, Any], context: Context) -> Answer:
-    with trainer_process(context) as (worker, folder):
-        for _ in range(3):  # loaded, its references, its step
-            answer = told(worker.ask({**settings, "folder": folder}))
-            if answer["status"] != "ok":
-                break
-        return answer
+def two_steps(settings: dict[str, Any], context: Context) -> Answer:
+    """What the first step logged, and the second one's loss."""
+    answers: list[Answer] = []
+    with trainer_process(context, {}) as (worker, folder):
+        for _ in range(1 + 2 * settings["steps"]):  # loaded, references of each step, its steps
+            if context.left() < RESERVE_SECONDS:
+                return dict(NOT_RUN)
+            answers.append(told(context.ask(worker, {**settings, "folder": folder})))
+            if answers[-1]["status"] != "ok":
+                return answers[-1]
+    return {**answers[-2], "second_loss": answers[-1]["loss"]}
 
 
 @contextmanager
-def trainer_process(context: Context) -> Iterator[tuple[Worker, str]]:
-    with TemporaryDirectory(prefix="stepdpo-") as folder:
-        # Threads spin as libgomp has them do by itself: turns leave the machine to one process.
-        worker = Worker(WORKER, context.timeout, {"TMPDIR": folder, "GOMP_SPINCOUNT": "300000"})
-        try:
-            yield worker, folder
-        finally:
-            worker.close()
+def trainer_process(context: Context, environment: dict[str, str]) -> Iterator[tuple[Worker, str]]:
+    with (
+        TemporaryDirectory(prefix="stepdpo-") as folder,
+        context.open(WORKER, {"TMPDIR": folder, **environment}) as worker,
+    ):
+        yield worker, folder
 
 
 def told(answer: Answer) -> Answer:
@@ -143,10 +148,11 @@ def plain_folder(model: str, dtype: str, folder: str) -> str:
 
 def settings_of(name: str, case: Case, context: Context, model: str, data: str) -> dict[str, Any]:
     """Of a trainer's process."""
+    of = {"at_once": case["max_tokens"], **DEFAULTS, **SETTINGS[name]}
+    if of["trainer"] == "trl":  # steps are whole numbers of forward passes
+        of["at_once"] = min(of["at_once"], case["pairs_per_step"])
     return {
-        "at_once": case["max_tokens"],
-        **DEFAULTS,
-        **SETTINGS[name],
+        **of,
         "model": model,
         "data": data,
         "max_tokens": case["max_tokens"],
@@ -155,6 +161,8 @@ def settings_of(name: str, case: Case, context: Context, model: str, data: str) 
         "checkpointing": case.get("checkpointing", False),
         "dtype": case["dtype"],
         "bf16": True,
+        "learning_rate": LEARNING_RATE,
+        "repeat": False,
         "steps": 1 + min(case["rounds"], context.rounds) if "rounds" in case else 1,
         "threads": context.threads,
         "seed": 0,
@@ -205,23 +213,24 @@ def take_turns(
     settings = {name: settings_of(name, case, context, model, data) for name in names}
     for group in [[name] for name in names] if case.get("alone") else [names]:
         with ExitStack() as stack:
-            processes = {name: stack.enter_context(trainer_process(context)) for name in group}
+            processes = {name: stack.enter_context(trainer_process(context, TIMED)) for name in group}
 
             def load(name: str, processes: dict[str, tuple[Worker, str]] = processes) -> None:
                 worker, folder = processes[name]
-                answers[name] |= told(worker.ask({**settings[name], "folder": folder}))
+                answers[name] |= told(context.ask(worker, {**settings[name], "folder": folder}))
 
-            with ThreadPoolExecutor(at_once(context)) as threads:
-                list(threads.map(load, group))
+            context.side_by_side(load, group)
             running = [name for name in group if answers[name]["status"] == "ok"]
             turns |= {name: [] for name in running}
             for _ in range(2 * settings[group[0]]["steps"] if group else 0):
                 for name in list(running):
                     if context.left() < RESERVE_SECONDS / 2:
                         return
-                    turn = told(processes[name][0].ask({}))
+                    turn = told(context.ask(processes[name][0], {}))
                     if turn["status"] == "ok":
                         turns[name].append(turn)
+                    elif turn["status"] == NOT_RUN["status"]:
+                        return
                     else:
                         answers[name] |= turn
                         del turns[name]

@@ -6,8 +6,8 @@ next turn: first the reference log-probs of the pairs of each optimiser step, th
 
 from __future__ import annotations
 
+import gc
 import json
-import math
 import os
 import resource
 import sys
@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from benchmarks.measure import PeakMemory
+from benchmarks.measure import PeakMemory, volunteer
 from benchmarks.suites.step.floor import LinearProducts
 from stepdpo_kernels.data import load_step_pairs
 from stepdpo_kernels.packing import epoch_order, pack_pairs
@@ -55,15 +55,16 @@ class Turns(TrainerCallback):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._began
         assert self.memory
-        self._answer(
-            {
-                "seconds": seconds,
-                "processor_seconds": time.process_time() - self._began_processor,
-                "peak_bytes": max(self.load_peak, process_peak()),
-                "extra_bytes": self.memory.extra_bytes(),
-                **facts,
-            }
-        )
+        told = {
+            "seconds": seconds,
+            "processor_seconds": time.process_time() - self._began_processor,
+            "peak_bytes": max(self.load_peak, process_peak()),
+            "extra_bytes": self.memory.extra_bytes(),
+        }
+        if torch.cuda.is_available():  # other trainers take their turns with what the allocator keeps
+            gc.collect()
+            torch.cuda.empty_cache()
+        self._answer({**told, **facts})
 
     def count(self, logps: torch.Tensor) -> None:
         """Reference log-probs of (chosen, rejected), each of so many pairs, are there."""
@@ -85,20 +86,24 @@ class Turns(TrainerCallback):
 
 
 def drawn(settings: dict[str, Any], tokenizer: Any) -> list[StepPair]:
-    """The pairs of the first optimiser steps of an epoch over all pairs, in its order."""
-    per_step, count = settings["pairs_per_step"], settings["pairs_per_step"] * settings["steps"]
+    """The pairs of the first optimiser steps of an epoch over all pairs, in its order.
+
+    Where settings say "repeat", those of the first step for every step.
+    """
+    per_step, times = settings["pairs_per_step"], settings["steps"] if settings["repeat"] else 1
+    count = per_step * settings["steps"] // times
     everything = load_step_pairs(settings["data"], tokenizer)
     if len(everything) < count:
         raise SystemExit(f"{settings['data']} has {len(everything)} pairs, not {count}")
     order = epoch_order(everything, settings["seed"], settings["sampling"], pairs_per_step=per_step)[:count]
-    return [everything[i] for i in order]
+    return [everything[i] for i in order] * times
 
 
 def common(settings: dict[str, Any]) -> dict[str, Any]:
     """Arguments of both trainers."""
     return {
         "output_dir": f"{settings['folder']}/run",
-        "learning_rate": 5e-7,
+        "learning_rate": settings["learning_rate"],
         "lr_scheduler_type": "constant",
         "beta": 0.4,
         "bf16": settings["bf16"],
@@ -123,6 +128,14 @@ def adapter(settings: dict[str, Any]) -> Any:
 
     rank = settings["lora_rank"]
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def same_adapter(model: Any) -> None:
+    """Libraries draw an adapter's first factors each for itself: the same ones for all; the second factors are zero."""
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_A" in name:
+            p.data.copy_(torch.randn(p.shape, generator=generator) * p.shape[1] ** -0.5)
 
 
 def ours(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> StepDPOTrainer:
@@ -151,6 +164,7 @@ def ours(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> 
         peft_config=adapter(settings),
         callbacks=[turns],
     )
+    same_adapter(trainer.model)
     trainer.prepare_references()
     return trainer
 
@@ -203,6 +217,7 @@ def trl(settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> A
         peft_config=adapter(settings),
         callbacks=[turns],
     )
+    same_adapter(trainer.model)
     return trainer
 
 
@@ -230,27 +245,56 @@ class Products:
 
 
 class Oracle:
-    """What the first step's log must say: each branch alone, full logits, in float64."""
+    """What the steps' logs must say: each branch alone, full logits, clipping and AdamW, in float64."""
 
     def __init__(self, settings: dict[str, Any], model: Any, tokenizer: Any, turns: Turns) -> None:
-        self.model, self.turns, self.beta = model.double().train(), turns, common(settings)["beta"]
+        if settings["lora_rank"]:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, adapter(settings))
+        self.model, self.turns = model.double().train(), turns
+        same_adapter(self.model)
+        self.beta, self.per_step = common(settings)["beta"], settings["pairs_per_step"]
         self.pairs = drawn(settings, tokenizer)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad], lr=settings["learning_rate"], weight_decay=0.0
+        )
 
     def train(self) -> None:
         self.turns.loaded()
-        self.turns.end()
-        sums: dict[str, float] = {"chosen": 0.0, "rejected": 0.0}
-        for pair in self.pairs:
-            for name, step, sign in (("chosen", pair.chosen_ids, 1), ("rejected", pair.rejected_ids, -1)):
-                ids = torch.tensor([*pair.prefix_ids.tolist(), *step.tolist()])
-                logits = self.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-                logp = logits.log_softmax(dim=1).gather(1, ids[1:, None])[len(pair.prefix_ids) - 1 :].sum()
-                # At a margin of zero the loss falls by beta / 2 of it.
-                (-sign * self.beta / 2 * logp / len(self.pairs)).backward()
-                sums[name] += logp.item() / len(self.pairs)
-        gradients = [p.grad.square().sum() for p in self.model.parameters() if p.grad is not None]
-        norm = float(torch.stack(gradients).sum().sqrt())
-        self.turns.end(loss=math.log(2), grad_norm=norm, logps_chosen=sums["chosen"], logps_rejected=sums["rejected"])
+        steps = [self.pairs[i : i + self.per_step] for i in range(0, len(self.pairs), self.per_step)]
+        references = []
+        for pairs in steps:
+            with torch.no_grad():
+                references.append([self.logps(pair) for pair in pairs])
+            self.turns.end()
+        for pairs, of in zip(steps, references, strict=True):
+            self.turns.end(**self.step(pairs, of))
+
+    def step(self, pairs: list[StepPair], references: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+        sums = {"loss": 0.0, "logps_chosen": 0.0, "logps_rejected": 0.0}
+        self.optimizer.zero_grad()
+        for pair, of in zip(pairs, references, strict=True):
+            chosen, rejected = self.logps(pair)
+            margin = (chosen - of[0]) - (rejected - of[1])
+            loss = torch.nn.functional.softplus(-self.beta * margin) / len(pairs)
+            loss.backward()
+            sums["loss"] += loss.item()
+            sums["logps_chosen"] += chosen.item() / len(pairs)
+            sums["logps_rejected"] += rejected.item() / len(pairs)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return {**sums, "grad_norm": norm.item()}
+
+    def logps(self, pair: StepPair) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the chosen and the rejected step, summed over tokens."""
+        sums = []
+        for step in (pair.chosen_ids, pair.rejected_ids):
+            ids = torch.tensor([*pair.prefix_ids.tolist(), *step.tolist()])
+            logits = self.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            logps = logits.log_softmax(dim=1).gather(1, ids[1:, None])
+            sums.append(logps[len(pair.prefix_ids) - 1 :].sum())
+        return sums[0], sums[1]
 
 
 def length(pair: StepPair) -> int:
@@ -258,6 +302,7 @@ def length(pair: StepPair) -> int:
 
 
 def main() -> None:
+    volunteer()
     answers, sys.stdout = sys.stdout, sys.stderr  # progress and logs must not mix with the answers
     settings = json.loads(sys.stdin.readline())
     if settings["threads"]:
