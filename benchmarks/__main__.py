@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         add.add_argument("--no-tests", dest="tests", action="store_false", help="without the tests")
         if name == "run":
             add.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of results")
-            add.add_argument("--rounds", type=int, help="over all providers; by default it depends on the size")
+            add.add_argument("--rounds", type=int, help="over all providers; by default it depends on size and case")
             add.add_argument("--time-limit", type=float, help="seconds; what is not measured by then says so")
             add.add_argument("--model", help="real weights for training steps: a folder or GGUF file; goes with --data")
             add.add_argument("--data", help="step pairs in the released schema (JSONL); goes with --model")
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
     chosen = session.chosen(options.suite, options.workloads)
     limit = time.monotonic() + options.time_limit if options.time_limit else float("inf")
     size = options.size or "full"
-    context = session.context(options, options.rounds or session.ROUNDS[size], limit)
+    context = session.context(options, session.ROUNDS[size], limit)
     with_report(lambda: session.run(chosen, size, context, options.output, options.tests), options.output)
 
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # Threads that wait spin as libgomp has them do by itself: for processes that are timed, one at a time.
 TIMED = {"GOMP_SPINCOUNT": "300000"}
@@ -89,6 +89,13 @@ def volunteer() -> None:
     score = Path("/proc/self/oom_score_adj")
     if score.exists():
         score.write_text("1000")
+
+
+def results_alone() -> TextIO:
+    """The standard output of this process; what libraries and C code print goes to its errors from now on."""
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return results
 
 
 class PeakMemory:

@@ -8,7 +8,8 @@ A suite is a package `benchmarks.suites.NAME` with `WORKLOADS` and a module `tas
     needs(provider, case)           bytes that it takes beside what is there, a lower bound; 0 where nobody knows
     load(provider, case, folder)    a Task
 
-A case that says "alone" is measured one provider after the other: they would not fit into a GPU's memory together.
+A case that says "alone" is measured one provider after the other: they would not fit into a GPU's memory together. One
+that has "rounds" gets no more of them by itself.
 """
 
 from __future__ import annotations

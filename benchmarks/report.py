@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.plots import UNTOLD, plot_all, slug
 from benchmarks.registry import workloads
 from benchmarks.rows import Row, read
 
 INTRODUCTION = """Written by `python -m benchmarks`; `benchmarks/README.md` says how it measures and how to read this.
 Times are medians over rounds that went over all providers in turn, 20th and 80th percentile in brackets; ratios are
-taken round by round. Below 1 is faster, or smaller, than what it is held against. Where a configuration says `alone`,
-its providers would not fit into memory together and came one after the other."""
+taken round by round. Below 1 is faster, or smaller, than what it is held against. **Ours** are bold, *floors*, what
+nobody who does the work can be expected to beat, in italics. Where a configuration says `alone`, its providers would
+not fit into memory together and came one after the other."""
+NO_PLOTS = "Without plots: matplotlib is missing. `python -m benchmarks plot FOLDER` draws them where it is installed."
 OURS = "ours"  # the provider that is what users get; the other ones of ours are told apart from it
 
 
@@ -25,12 +27,13 @@ def write_report(folder: Path) -> Path:
     """Writes folder/README.md and folder/plots; returns the former's path."""
     order = [workload.name for workload in workloads()]
     rows = sorted(read(folder), key=lambda row: order.index(row.workload) if row.workload in order else len(order))
-    plots = {path.stem for path in plot_all(folder)}
+    plots = drawn(folder)
     environment = folder / "environment.json"
     told = json.loads(environment.read_text()) if environment.exists() else {}
     parts = [
         f"# {told.get('device') or rows[0].device}",
         INTRODUCTION,
+        *([] if plots else [NO_PLOTS]),
         *in_short(rows),
         *beside_each_peer(rows),
         *losses(rows),
@@ -42,6 +45,17 @@ def write_report(folder: Path) -> Path:
     path = folder / "README.md"
     path.write_text("\n\n".join(parts) + "\n")
     return path
+
+
+def drawn(folder: Path) -> set[str]:
+    """The names of folder/plots, drawn anew; none without matplotlib."""
+    try:
+        from benchmarks.plots import plot_all
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        return set()
+    return {path.stem for path in plot_all(folder)}
 
 
 def by_workload(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -100,8 +114,7 @@ def beside_each_peer(rows: Sequence[Row]) -> list[str]:
                     for metric, found in ratios.items():
                         pair = [figures.get((mode, case, provider, metric)) for provider in (mine, peer)]
                         if pair[0] and pair[1] and min(pair[0].median, pair[1].median) > 0:
-                            rounds = zip(pair[0].values, pair[1].values, strict=False)
-                            found.append(median(a / b for a, b in rounds))
+                            found.append(by_rounds(pair[0], pair[1]))
                 if ratios["seconds"]:
                     cells = [span(values) if values else "" for values in ratios.values()]
                     lines.append((name, mode, mine, peer, str(len(ratios["seconds"])), *cells))
@@ -125,46 +138,70 @@ def memory_ratios(rows: Sequence[Row]) -> list[float]:
 
 
 def losses(rows: Sequence[Row]) -> list[str]:
-    """Where a peer is faster than `ours` by the median, or takes less memory, or where `ours` has no figure."""
-    lines, compared = [], 0
-    for row in rows:
-        if row.provider != OURS:
-            continue
-        case = f"{row.x_name} {row.x:,.0f}, {configuration(row)}"
-        if row.metric == "seconds" and row.status != "ok":
-            lines.append((row.workload, row.mode, case, "no figure", "", f"{row.status}: {row.note}"))
-        elif row.metric == "of_best_peer":
-            compared += 1
-            if row.median > 1:
-                lines.append((row.workload, row.mode, case, "time", row.note.removeprefix("of "), ratio(row)))
-            lean, bytes_of = leanest(row, rows)
-            if lean and bytes_of > 1:
-                lines.append((row.workload, row.mode, case, "memory", lean, f"{bytes_of:.2f}"))
-    told = f"`ours` stands beside peers in {compared} cases. "
+    """Where a peer was faster than ours by the median, or took less memory, or where ours has no figure.
+
+    Peers of one kernel are held against the provider of ours that computes the same; the worst of them is told.
+    """
+    lines, compared = [], set()
+    for name, own in by_workload(rows).items():
+        mine = {row.provider: like(row.provider, own) for row in own if row.role == "peer"}
+        for row in own:
+            if row.provider in {OURS, *mine.values()} and row.metric == "seconds" and row.status != "ok":
+                why = plain(f"{row.status}: {row.note}")
+                lines.append((name, row.mode, place(row), row.provider, "no figure", "", why))
+        figures = {(row.case, row.provider, row.metric): row for row in own if row.values}
+        beside: dict[tuple[Any, str, str], list[tuple[Row, Row]]] = defaultdict(list)
+        for (case, peer, metric), its in figures.items():
+            ours = figures.get((case, mine.get(peer, ""), metric))
+            if ours and metric in ("seconds", "extra_bytes"):
+                beside[case, its.kernel, metric].append((ours, its))
+        for (case, kernel, metric), pairs in beside.items():
+            compared.add(case)
+            ours, its, factor = worst(pairs)
+            if factor > 1:
+                what = its.provider if kernel == ours.kernel else f"{its.provider} ({kernel})"
+                told = f"{factor:.2f}" if math.isfinite(factor) else f"{ours.median / 2**20:,.1f} MiB beside none"
+                where = "time" if metric == "seconds" else "memory"
+                lines.append((name, ours.mode, place(ours), ours.provider, where, what, told))
+    told = f"Ours stands beside peers in {len(compared)} cases. "
     if not lines:
-        if not compared:
-            return []
-        return ["## Where ours loses", told + "In none of them a peer was faster by the median, or took less memory."]
-    headings = ("workload", "mode", "case", "in", "better peer", "of that peer's")
-    return [
-        "## Where ours loses",
-        told + "Here a peer was faster by the median, or took less memory:",
-        table(headings, lines),
-    ]
+        none = "In none of them a peer was faster by the median, or took less memory."
+        return ["## Where ours loses", told + none] if compared else []
+    headings = ("workload", "mode", "case", "of ours", "in", "better peer", "of that peer's")
+    told += (
+        "Here a peer was faster by the median, or took less memory; one with a kernel in brackets\ncomputes only that:"
+    )
+    return ["## Where ours loses", told, table(headings, lines)]
 
 
-def leanest(of: Row, rows: Sequence[Row]) -> tuple[str, float]:
-    """(the peer of the same kernel and case that takes least memory, memory of `ours` over its own); ("", 0) if none"""
-    memory = {
-        row.provider: row
-        for row in rows
-        if row.metric == "extra_bytes" and row.case == of.case and row.values and row.kernel == of.kernel
-    }
-    peers = [row for row in memory.values() if row.role == "peer" and row.median > 0]
-    if OURS not in memory or not peers:
-        return "", 0.0
-    least = min(peers, key=lambda row: row.median)
-    return least.provider, memory[OURS].median / least.median
+def worst(pairs: Iterable[tuple[Row, Row]]) -> tuple[Row, Row, float]:
+    """Of (ours, a peer's): the pair in which ours is the largest multiple, and that.
+
+    Memory of none or less, which is the noise of resident sets, counts as none: infinitely less than any.
+    """
+    found = []
+    for ours, peer in pairs:
+        if ours.metric == "seconds":
+            factor = by_rounds(ours, peer)
+        elif peer.median > 0:
+            factor = ours.median / peer.median
+        else:
+            factor = math.inf if ours.median > 0 else 1.0
+        found.append((ours, peer, factor))
+    return max(found, key=lambda item: item[2])
+
+
+def by_rounds(ours: Row, peer: Row) -> float:
+    return median(a / b for a, b in zip(ours.values, peer.values, strict=False))
+
+
+def place(row: Row) -> str:
+    return f"{row.x_name} {row.x:,.0f}, {row.told}"
+
+
+def plain(text: str) -> str:
+    """Others' text, such as errors, as Markdown that shows it as it is, on one line."""
+    return re.sub(r"([\\`*\[<|]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", " ".join(text.split()))
 
 
 def absent(rows: Sequence[Row]) -> list[str]:
@@ -174,7 +211,7 @@ def absent(rows: Sequence[Row]) -> list[str]:
         if row.metric == "seconds" and row.status != "ok":
             why[row.provider, row.status, row.note].append(row.workload)
     lines = [
-        (provider, status, note.replace("|", "\\|"), f"{len(names)} of {', '.join(dict.fromkeys(names))}")
+        (provider, status, plain(note), f"{len(names)} of {', '.join(dict.fromkeys(names))}")
         for (provider, status, note), names in why.items()
     ]
     return ["## Who has no figures", table(("provider", "status", "why", "cases"), lines)] if lines else []
@@ -187,15 +224,7 @@ def tests_on_the_device(folder: Path) -> list[str]:
         return []
     told = json.loads(path.read_text())
     failed = [f"- failed: `{name}`" for name in told["failed"]]
-    return ["## Tests marked gpu", f"{told['summary']} ({told['seconds']:.0f} s).", *failed]
-
-
-def configuration(row: Row) -> str:
-    return ", ".join(f"{key} {value}" for key, value in row.configuration.items() if key not in UNTOLD)
-
-
-def ratio(row: Row) -> str:
-    return f"{row.median:.2f}" + (f" ({row.p20:.2f} to {row.p80:.2f})" if len(row.values) > 1 else "")
+    return ["## Tests marked gpu", f"{plain(told['summary'])} ({told['seconds']:.0f} s).", *failed]
 
 
 def section(name: str, rows: Sequence[Row], plots: set[str]) -> list[str]:
@@ -205,10 +234,10 @@ def section(name: str, rows: Sequence[Row], plots: set[str]) -> list[str]:
     panels: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
         panels[row.panel].append(row)
-    for panel, own in panels.items():
-        parts.append(f"### {own[0].mode}: {configuration(own[0])}")
-        if slug(panel) in plots:
-            parts.append(f"![{name}](plots/{slug(panel)}.svg)")
+    for own in panels.values():
+        parts.append(f"### {own[0].mode}: {own[0].told}")
+        if own[0].stem in plots:
+            parts.append(f"![{name}](plots/{own[0].stem}.svg)")
         parts.append(figures(own))
     if workload:
         shown = {row.provider for row in rows}
@@ -222,26 +251,48 @@ def figures(rows: Sequence[Row]) -> str:
         by_case[row.x][row.provider][row.metric] = row
     counted = [m for m in ("tokens", "of_unique") if any(row.metric == m for row in rows)]
     x_name = rows[0].x_name.replace("_", " ")
-    headings = (x_name, "provider", "ms", "of the floor", "of the best peer", "first call, s", "extra, MiB", "errors")
+    headings = (
+        x_name,
+        "provider",
+        "ms",
+        "of the floor",
+        "of the best peer",
+        "first call, s",
+        "extra, MiB",
+        "largest error",
+    )
     lines = []
     for x, providers in sorted(by_case.items()):
         ran = [(name, own) for name, own in providers.items() if own.get("seconds") and own["seconds"].values]
         for name, own in sorted(ran, key=lambda item: item[1]["seconds"].median):
             seconds = own["seconds"]
-            spread = f" ({1e3 * seconds.p20:,.4g} to {1e3 * seconds.p80:,.4g})" if len(seconds.values) > 1 else ""
+            spread = f" ({number(1e3 * seconds.p20)} to {number(1e3 * seconds.p80)})" if len(seconds.values) > 1 else ""
+            errors = [row for row in own.values() if row.metric.startswith("error")]
             lines.append(
                 (
                     f"{x:,.0f}",
-                    f"**{name}**" if seconds.role == "ours" else name,
-                    f"{1e3 * seconds.median:,.4g}{spread}",
+                    {"ours": f"**{name}**", "floor": f"*{name}*", "peer": name}[seconds.role],
+                    f"{number(1e3 * seconds.median)}{spread}",
                     *(f"{own[m].median:.2f}" if m in own else "" for m in ("of_floor", "of_best_peer")),
                     f"{own['first_call_seconds'].median:.1f}" if "first_call_seconds" in own else "",
                     f"{own['extra_bytes'].median / 2**20:,.0f}" if "extra_bytes" in own else "",
-                    " ".join(f"{row.median:.0e}" for row in own.values() if row.metric.startswith("error")),
-                    *(f"{own[m].median:,.4g}" if m in own else "" for m in counted),
+                    largest(errors),
+                    *(number(own[m].median) if m in own else "" for m in counted),
                 )
             )
     return table((*headings, *(m.replace("_", " ") for m in counted)), lines)
+
+
+def largest(errors: Sequence[Row]) -> str:
+    """The largest of a provider's errors, and what it is of."""
+    if not errors:
+        return ""
+    worst = max(errors, key=lambda row: row.median)
+    return f"{worst.median:.0e} {worst.metric.removeprefix('error').strip('_').replace('_', ' ')}".strip()
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def machine(told: dict[str, Any], rows: Sequence[Row]) -> list[str]:

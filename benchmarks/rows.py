@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from statistics import median
 from typing import Any
 
 SUFFIX = ".csv"  # a folder of results has one file a suite
+UNTOLD = ("threads",)  # of a configuration: the same in all of a run
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,17 @@ class Row:
     def case(self) -> tuple[str, str, str, float]:
         """(workload, mode, configuration, x): rows that were measured in turn."""
         return *self.panel, self.x
+
+    @property
+    def told(self) -> str:
+        """The configuration, for readers."""
+        return ", ".join(f"{key} {value}" for key, value in self.configuration.items() if key not in UNTOLD)
+
+    @property
+    def stem(self) -> str:
+        """The name of the file that its panel is drawn to."""
+        shown = [str(value) for key, value in sorted(self.configuration.items()) if key not in UNTOLD]
+        return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join([self.workload, self.mode, *shown])).strip("-")
 
 
 COLUMNS = [f.name for f in fields(Row)]

@@ -35,6 +35,7 @@ class Context:
     """What is the same for all workloads of a run.
 
     rounds:     over all providers of a case
+    all_rounds: also of cases that would have fewer
     threads:    of each process, on the CPU
     timeout:    seconds that one answer of a provider may take
     deadline:   when to stop, of time.monotonic; cases after it are rows that say so, answers under way are cut off
@@ -61,18 +62,24 @@ class Context:
     commit: str = field(default_factory=commit)
     workers: set[Worker] = field(default_factory=set)
     stopped: bool = False
+    all_rounds: bool = False
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
+    def rounds_of(self, case: Case) -> int:
+        return self.rounds if self.all_rounds else min(self.rounds, case.get("rounds", self.rounds))
+
     @contextmanager
     def open(self, module: str, environment: dict[str, str]) -> Iterator[Worker]:
         """A process `python -m MODULE`, ended at the end. Raises RuntimeError when the run was stopped."""
-        if self.stopped:
-            raise RuntimeError("the run was stopped")
+        if self.device == "cpu":
+            environment = {"CUDA_VISIBLE_DEVICES": "", **environment}  # libraries would take a GPU by themselves
         worker = Worker(module, environment)
         self.workers.add(worker)
         try:
+            if self.stopped:
+                raise RuntimeError("the run was stopped")
             yield worker
         finally:
             self.workers.discard(worker)
@@ -88,6 +95,9 @@ class Context:
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // (1 if self.device == "cpu" else 2))) as threads:
             try:
                 return list(threads.map(work, items))
+            except Exception:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
             except BaseException:
                 self.stopped = True
                 threads.shutdown(wait=False, cancel_futures=True)
@@ -179,15 +189,21 @@ def take_turns(
             if answers[name]["status"] == "ok":
                 message = {"do": "warm-up", "provider": name, "case": case, "inputs": str(folder)}
                 answers[name] |= pool.ask(name, message)
-        go_round([name for name in group if answers[name]["status"] == "ok"], context, pool, answers, seconds)
+        running = [name for name in group if answers[name]["status"] == "ok"]
+        go_round(running, context.rounds_of(case), context, pool, answers, seconds)
         for name in group:
             pool.release(name, case)
 
 
 def go_round(
-    names: list[str], context: Context, pool: Pool, answers: dict[str, Answer], seconds: dict[str, list[float]]
+    names: list[str],
+    rounds: int,
+    context: Context,
+    pool: Pool,
+    answers: dict[str, Answer],
+    seconds: dict[str, list[float]],
 ) -> None:
-    for done in range(context.rounds):
+    for done in range(rounds):
         if done and context.left() < RESERVE_SECONDS:
             return
         for name in list(names):

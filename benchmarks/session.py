@@ -20,7 +20,7 @@ from benchmarks.rows import Row
 from benchmarks.runner import Context, failed_rows
 from benchmarks.tables import print_case, print_errors
 
-ROUNDS = {"tiny": 2, "quick": 5, "full": 9}
+ROUNDS = {"tiny": 2, "quick": 7, "full": 9}
 
 
 def chosen(suite: str, names: list[str] | None) -> list[Workload]:
@@ -34,7 +34,7 @@ def chosen(suite: str, names: list[str] | None) -> list[Workload]:
 
 
 def context(options: argparse.Namespace, rounds: int, deadline: float) -> Context:
-    """Raises SystemExit where a provider is nobody's."""
+    """rounds: where the options name none. Raises SystemExit where a provider is nobody's."""
     import torch
 
     only = tuple(options.providers or ())
@@ -45,7 +45,8 @@ def context(options: argparse.Namespace, rounds: int, deadline: float) -> Contex
         only += tuple(name for name, role in known.items() if role == "floor")
     return Context(
         device=options.device or default_device(),
-        rounds=rounds,
+        rounds=getattr(options, "rounds", None) or rounds,
+        all_rounds=bool(getattr(options, "rounds", None)),
         keep=lambda _: None,
         threads=options.threads or torch.get_num_threads(),
         timeout=options.timeout,
@@ -63,17 +64,25 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run(chosen: list[Workload], size: str, context: Context, output: Path, tests: bool) -> list[str]:
+def run(
+    chosen: list[Workload],
+    size: str,
+    context: Context,
+    output: Path,
+    tests: bool,
+    red: dict[str, str] | None = None,
+) -> list[str]:
     """Writes `output`/SUITE.csv and environment.json; rows of an earlier run stay until their workload has new ones.
 
-    Returns what failed: workloads that could not be measured to their end.
+    tests: run those that figures of ours depend on
+    red:   those that are known to fail, and what was said of them
+    Returns what failed: workloads that could not be measured to their end, and those of ours that are wrong or failed.
     """
     console = Console(width=200)
     began = time.monotonic()
     failed = []
-    red = gates.red_tests(chosen, context.left()) if tests else {}
-    for test, told in red.items():
-        console.print(f"[red]{test}: {told}[/red]")
+    red = dict(red or {}) | (gates.red_tests(chosen, context.left()) if tests else {})
+    print_red(red, console)
     for suite in SUITES:
         mine = [workload for workload in chosen if workload.suite == suite]
         if not mine:
@@ -92,6 +101,7 @@ def run(chosen: list[Workload], size: str, context: Context, output: Path, tests
             told = environment(context.device_name)
             (output / "environment.json").write_text(json.dumps(told, indent=2) + "\n")
             print_case(found, console)
+            failed.extend(at_fault(found))
 
         context.keep = keep
         for workload in mine:
@@ -107,7 +117,7 @@ def run(chosen: list[Workload], size: str, context: Context, output: Path, tests
                 for case in cases[done[workload.name] :]:
                     keep(failed_rows(workload, case, context, f"{type(error).__name__}: {error}".splitlines()[0]))
     console.print(f"{time.monotonic() - began:.0f} s in all")
-    return failed
+    return list(dict.fromkeys(failed))
 
 
 def verify(chosen: Iterable[Workload], size: str, options: argparse.Namespace) -> bool:
@@ -117,10 +127,23 @@ def verify(chosen: Iterable[Workload], size: str, options: argparse.Namespace) -
     chosen = list(chosen)
     red = gates.red_tests(chosen, told.left()) if options.tests else {}
     right = not red
-    for test, what in red.items():
-        console.print(f"[red]{test}: {what}[/red]")
+    print_red(red, console)
     for workload in chosen:
         cases = workload.cases(told.device, size)
         verified = import_module(workload.runner).verify(workload, cases, told)
         right &= print_errors(workload, verified, console)
     return right
+
+
+def print_red(red: dict[str, str], console: Console) -> None:
+    for test, told in red.items():
+        console.print(f"{test}: {told}", style="red", markup=False)
+
+
+def at_fault(found: Iterable[Row]) -> list[str]:
+    """Of a case: what of ours has no figure though nothing kept it from running."""
+    return [
+        f"{row.provider} of {row.workload}: {row.status}"
+        for row in found
+        if row.metric == "seconds" and row.role == "ours" and row.status in ("wrong", "failed", "timed out")
+    ]

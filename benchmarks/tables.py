@@ -1,4 +1,7 @@
-"""What a run prints: a table for each case, and for each workload's errors."""
+"""What a run prints: a table for each case, and for each workload's errors.
+
+Notes and configurations are others' text, which may have brackets: as Text, they are not taken for rich's markup.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.registry import Workload
 from benchmarks.rows import Row
@@ -19,8 +23,8 @@ def print_case(rows: list[Row], console: Console) -> None:
     by_provider: dict[str, dict[str, Row]] = {}
     for row in rows:
         by_provider.setdefault(row.provider, {})[row.metric] = row
-    of = ", ".join(f"{key} {value}" for key, value in first.configuration.items() if key != "threads")
-    table = Table(title=f"{first.x_name} {first.x:,.0f}, {first.mode}, {of}", title_justify="left")
+    title = Text(f"{first.x_name} {first.x:,.0f}, {first.mode}, {first.told}", style="table.title")
+    table = Table(title=title, title_justify="left")
     table.add_column("provider", no_wrap=True)
     for heading in ("ms", "p20", "p80", "x floor", "x best peer", "first call s", "extra MiB", "beside results"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -29,7 +33,7 @@ def print_case(rows: list[Row], console: Console) -> None:
     for name, own in sorted(by_provider.items(), key=lambda item: _seconds(item[1])):
         seconds = own["seconds"]
         if seconds.status != "ok":
-            table.add_row(name, *[""] * 9, f"{seconds.status}: {seconds.note}", style="dim")
+            table.add_row(name, *[""] * 9, Text(f"{seconds.status}: {seconds.note}"), style="dim")
             continue
         times = (seconds.median, seconds.p20, seconds.p80)
         ratios = (f"{own[m].median:.2f}" if m in own else "" for m in ("of_floor", "of_best_peer"))
@@ -38,7 +42,7 @@ def print_case(rows: list[Row], console: Console) -> None:
         errors = " ".join(f"{row.median:.0e}" for row in own.values() if row.metric.startswith("error"))
         style = {"ours": "bold", "floor": "dim"}.get(seconds.role)
         shown = [f"{1e3 * t:,.2f}" for t in times]
-        table.add_row(name, *shown, *ratios, first_call, *memory, errors, seconds.note, style=style)
+        table.add_row(name, *shown, *ratios, first_call, *memory, errors, Text(seconds.note), style=style)
     console.print(table)
 
 
@@ -63,7 +67,8 @@ def print_errors(
         may_be = ("ok",) if name == OURS else ("ok", "absent", "refused")
         right &= roles[name] != "ours" or status in may_be
         errors = ", ".join(f"{key} {error:.1e}" for key, error in answer.get("errors", {}).items())
-        told = errors if status == "ok" else answer.get("note", "")
-        table.add_row(name, " ".join(map(str, kind)), status, told, style=None if status == "ok" else "yellow")
+        told = Text(errors if status == "ok" else answer.get("note", ""))
+        style = None if status == "ok" else "yellow"
+        table.add_row(name, Text(" ".join(map(str, kind))), status, told, style=style)
     console.print(table)
     return right

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, rows, tune
+from benchmarks import gates, gpu, rows, session, tune
 from benchmarks.registry import Case, workloads
 from benchmarks.runner import Context
 from benchmarks.suites.step import tiny, trainers
@@ -41,19 +44,123 @@ def test_the_dry_form_walks_through_all_of_it(tmp_path: Path) -> None:
     assert tests["summary"] in told
 
 
-def test_what_time_leaves_of_the_tests_is_told(tmp_path: Path) -> None:
-    slow = tmp_path / "test_slow.py"
-    slow.write_text("import time, pytest\n\n\n@pytest.mark.gpu\ndef test_it():\n    time.sleep(60)\n")
-    told = gpu.run_tests(tmp_path, 4.0, str(slow))
+HEAD = "import pytest, time\n\npytestmark = pytest.mark.gpu\n\n"
+RED = "def test_red():\n    raise ValueError('it is red')\n\n"
+SLOW = "def test_slow():\n    time.sleep(60)\n\n"
+GREEN = "@pytest.mark.parametrize('name', ['a', 'two words'])\ndef test_green(name):\n    pass\n\n"
+
+
+def test_what_pytest_says_to_its_end(tmp_path: Path) -> None:
+    """Files that cannot be collected leave the others their turn."""
+    whole, broken = tmp_path / "test_whole.py", tmp_path / "test_broken.py"
+    whole.write_text(HEAD + GREEN + RED)
+    broken.write_text(HEAD + "import no_such_module\n")
+    told = gpu.run_tests(tmp_path, 60.0, [str(whole), str(broken)])
     assert told["status"] == 1
-    assert told["summary"].startswith("stopped after 4 s")
-    red = tmp_path / "test_red.py"
-    red.write_text("import pytest\n\n\n@pytest.mark.gpu\ndef test_it():\n    raise ValueError('no')\n")
-    told = gpu.run_tests(tmp_path, 60.0, str(red))
+    assert [name.rpartition("/")[2] for name in told["failed"]] == ["test_whole.py::test_red", "test_broken.py"]
+    assert "1 failed, 2 passed" in told["summary"]
+    assert json.loads((tmp_path / "gpu-tests.json").read_text()) == told
+    whole.write_text(HEAD + GREEN)
+    told = gpu.run_tests(tmp_path, 60.0, [str(whole)])
+    assert (told["status"], told["failed"]) == (0, [])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_time_leaves_of_the_tests_is_told(tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name what had failed, and why, even though a test had to be stopped."""
+    if processes > 1:
+        pytest.importorskip("xdist")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2 * processes)
+    slow = tmp_path / "test_it.py"
+    slow.write_text(HEAD + GREEN + RED + SLOW)
+    told = gpu.run_tests(tmp_path, 12.0, [str(slow)])
+    log = (tmp_path / "gpu-tests.log").read_text()
+    assert ("[gw1]" in log) == (processes > 1)
     assert told["status"] == 1
-    assert len(told["failed"]) == 1
-    assert told["failed"][0].endswith("test_red.py::test_it")
+    assert told["summary"].startswith("stopped after 12 s at 75%: ")
+    assert "2 passed" in told["summary"]
     assert "1 failed" in told["summary"]
+    assert [name.rpartition("/")[2] for name in told["failed"]] == ["test_it.py::test_red"]
+    assert "it is red" in log  # its traceback: pytest was asked to end before it was made to
+
+
+def test_a_test_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    deaf = tmp_path / "test_it.py"
+    signals = "import signal\n\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n\n"
+    deaf.write_text(HEAD + signals + RED + SLOW)
+    told = gpu.run_tests(tmp_path, 8.0, [str(deaf)])
+    assert told["seconds"] < 15
+    assert len(told["failed"]) == 1
+
+
+def test_interrupted_tests_are_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a test has failed, and again while pytest is given time to end."""
+    waits: list[float] = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None:
+                return super().wait()
+            waits.append(timeout)
+            while len(waits) == 1 and " FAILED " not in (tmp_path / "gpu-tests.log").read_text():
+                time.sleep(0.1)
+            raise KeyboardInterrupt
+
+    slow = tmp_path / "test_it.py"
+    slow.write_text(HEAD + RED + SLOW)
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run_tests(tmp_path, 60.0, [str(slow)])
+    assert waits == [60.0, gpu.GRACE]
+    told = json.loads((tmp_path / "gpu-tests.json").read_text())
+    assert told["status"] == 1
+    assert told["summary"].startswith("stopped after ")
+    assert len(told["failed"]) == 1
+
+
+def test_red_tests_hold_the_figures_of_their_suite_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = [
+        "tests/gpu/test_cuda.py::test_heads_need_no_full_logits[triton_fused]",
+        "tests/gpu/test_cuda.py::test_heads_need_no_full_logits[triton_chunked]",
+        "tests/gpu/test_cuda.py::test_ligers_layers_under_our_attention_and_head[llama]",
+    ]
+    tests = {"summary": "3 failed", "status": 1, "seconds": 1.0, "failed": failed}
+    given: list[dict[str, str]] = []
+
+    def run(chosen: object, size: str, context: Context, output: Path, tests: bool, red: dict[str, str]) -> list[str]:
+        given.append(red)
+        return []
+
+    monkeypatch.setattr(gpu, "run_tests", lambda *_: tests)
+    monkeypatch.setattr(session, "run", run)
+    options = argparse.Namespace(time_limit=100.0, output=tmp_path, dry=True)
+    assert "3 failed" in gpu.run(options)[0]
+    assert len(given) == len(gpu.SHARES)
+    for red in given:
+        assert red == {
+            "tests/ops/test_linear_logprob.py": f"on the GPU {failed[0]} failed, and 1 more",
+            "tests/invariants/test_i2_zero_margin.py": f"on the GPU {failed[2]} failed",
+        }
+        held = {workload.suite: gates.of(workload, red) for workload in workloads() if workload.suite in gpu.SHARES}
+        assert held["head"]
+        assert held["step"]
+        assert not held["attention"]
+    everything = gpu.red_suites(["tests/gpu/test_cuda.py"])  # which could not be collected
+    assert all(gates.of(workload, everything) for workload in workloads() if workload.suite in gpu.SHARES)
+
+
+def test_nothing_marked_gpu_is_forgotten() -> None:
+    marked = [
+        str(path.relative_to(ROOT))
+        for path in ROOT.glob("tests/**/test_*.py")
+        if re.search(r"^(@|pytestmark = )pytest\.mark\.gpu", path.read_text(), re.MULTILINE)
+    ]
+    assert sorted(marked) == sorted(gpu.MARKED)
+    names = re.findall(r"^def (test_\w+)", (ROOT / "tests/gpu/test_cuda.py").read_text(), re.MULTILINE)
+    for start in gpu.HOLDS:
+        assert any(name.startswith(start) for name in names), start
 
 
 def test_each_suite_leaves_time_to_the_next() -> None:

@@ -98,6 +98,16 @@ def test_what_a_provider_raises_becomes_a_status() -> None:
     assert what_failed(NotImplementedError("no CPU"))["status"] == "refused"
     assert what_failed(torch.OutOfMemoryError("CUDA out of memory"))["status"] == "out of memory"
     assert what_failed(RuntimeError("shape\nsecond line")) == {"status": "failed", "note": "RuntimeError: shape"}
+    assert what_failed(AssertionError())["status"] == "failed"
+    assert what_failed(ValueError("cannot take these inputs: it fails its self-test on cuda"))["status"] == "failed"
+
+
+def test_a_fault_of_ours_is_told_by_the_status_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "WORKER", "tests.benchmarks.wrong_worker")
+    words = ["run", "--suite", "head", "--workloads", "head-rows", "--size", "tiny", "--device", "cpu", "--no-tests"]
+    with pytest.raises(SystemExit, match=r"^ours of head-rows: wrong$"):
+        command.main([*words, "--providers", "ours", "--output", str(tmp_path)])
+    assert "relative to float64" in (tmp_path / "README.md").read_text()
 
 
 def test_a_case_that_is_too_large_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,14 +169,48 @@ def test_an_interrupt_leaves_rows_and_a_report(tmp_path: Path) -> None:
         if len(children.read_text().split()) >= 2:
             break
         time.sleep(0.1)
-    time.sleep(8)
+    time.sleep(15)
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 130, told
     kept = rows.read(tmp_path)
-    assert any(row.provider == "ours" and row.metric == "seconds" for row in kept)
+    assert next(row for row in kept if row.provider == "ours" and row.metric == "seconds").values
     assert (tmp_path / "README.md").exists()
     assert json.loads((tmp_path / "environment.json").read_text())["packages"]["torch"] != "absent"
+
+
+def test_a_workload_that_breaks_off_leaves_the_others_their_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(case: dict[str, Any], folder: Path) -> None:
+        if case["of"] == "records":
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr("benchmarks.suites.data.task.prepare", full)
+    words = ["run", "--suite", "data", "--size", "tiny", "--no-tests", "--output", str(tmp_path), "--threads", "1"]
+    with pytest.raises(SystemExit, match="data-load could not be measured to its end"):
+        command.main([*words, "--providers", "ours"])
+    found = {(row.workload, row.provider): row for row in rows.read(tmp_path) if row.metric == "seconds"}
+    assert found["data-load", "ours"].status == "failed"
+    assert found["data-load", "ours"].note == "OSError: no space left on device"
+    assert found["data-pack", "ours"].values
+
+
+def test_a_fault_beside_others_does_not_stop_the_run() -> None:
+    def work(number: int) -> int:
+        if number == 1:
+            raise ValueError("one")
+        return number
+
+    told = context([])
+    with pytest.raises(ValueError, match="one"):
+        told.side_by_side(work, range(4))
+    with told.open("json.tool", {}) as worker:
+        assert not worker.ended
+    with pytest.raises(KeyboardInterrupt):
+        told.side_by_side(lambda _: (_ for _ in ()).throw(KeyboardInterrupt), [0])
+    with pytest.raises(RuntimeError, match="the run was stopped"), told.open("json.tool", {}):
+        pass
 
 
 def test_rows_of_other_workloads_stay(tmp_path: Path) -> None:

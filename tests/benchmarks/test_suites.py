@@ -231,7 +231,7 @@ def context(**changes: Any) -> Context:
 
 def test_an_update_that_is_not_the_right_one_is_caught() -> None:
     told = context(only=("ours",))
-    with trainers.inputs_of({"model": "tiny", "dtype": "float32"}, "", "") as (model, data):
+    with trainers.inputs_of({"model": "tiny", "dtype": "float32"}, "", "", trainers.PAIRS) as (model, data):
         settings = trainers.settings_of("ours", {**trainers.VERIFIED, "mode": "full"}, told, model, data)
         of = settings | trainers.CHECKED
         true = trainers.two_steps({**of, "trainer": "oracle"}, told)

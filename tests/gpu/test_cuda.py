@@ -1,7 +1,8 @@
-"""On a CUDA device: what exists only there against the definitions, and I1, I2 and I3."""
+"""On a CUDA device: I1, I2 and I3, then what exists only there against the definitions; the quickest first."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,99 +27,7 @@ from tests.numerics import assert_as_good_as_eager, eager_logprob
 
 pytestmark = pytest.mark.gpu
 Make = Callable[..., PreTrainedModel]
-
-
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_size", [64, 128])
-def test_varlen_attention_is_as_good_as_eager(head_size: int, dtype: torch.dtype, window: int | None) -> None:
-    pairs = forest_pairs()
-    plan = build_batch(pairs, range(len(pairs)), "tree").plan.to("cuda")
-    results = {}
-    for name, impl, of in (
-        ("ours", "varlen", dtype),
-        ("eager", "reference", dtype),
-        ("oracle", "reference", torch.float64),
-    ):
-        generator = torch.Generator().manual_seed(0)
-        q, k, v, upstream = (
-            torch.randn(plan.num_tokens, heads, head_size, generator=generator).to(dtype).to("cuda", of)
-            for heads in (8, 2, 2, 8)
-        )
-        inputs = [x.requires_grad_() for x in (q, k, v)]
-        output = tree_attention(*inputs, plan, scale=head_size**-0.5, sliding_window=window, impl=impl)
-        results[name] = [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
-    for what, ours, eager, oracle in zip(("output", "dQ", "dK", "dV"), *results.values(), strict=True):
-        assert_as_good_as_eager(what, ours, eager, oracle, dtype)
-
-
-HEADS = {  # rows, hidden size, vocabulary: aligned or not, and more rows than Q is kept of
-    "aligned": (300, 128, 5000),
-    "odd": (300, 67, 5003),
-    "many rows": (2500, 64, 5003),
-    "one row": (1, 96, 4099),
-}
-
-
-@pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "logit_scale": 0.5}, {"bias": True}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", HEADS)
-@pytest.mark.parametrize("impl", ["chunked", "triton_chunked", "triton_fused"])
-def test_heads_are_as_good_as_eager(impl: str, shape: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    rows, size, vocabulary = HEADS[shape]
-    rest = {name: value for name, value in options.items() if name != "bias"}
-    results = {}
-    for name, of in (("ours", dtype), ("eager", dtype), ("oracle", torch.float64)):
-        generator = torch.Generator().manual_seed(0)
-        hidden, weight, bias = (
-            torch.randn(*s, generator=generator).to(dtype).to("cuda", of)
-            for s in ((rows, size), (vocabulary, size), (vocabulary,))
-        )
-        target = torch.randint(vocabulary, (rows,), generator=generator).cuda()
-        upstream = torch.randn(rows, generator=generator).to("cuda", torch.promote_types(of, torch.float32))
-        inputs = [x.requires_grad_() for x in (hidden, weight, bias)][: 3 if "bias" in options else 2]
-        arguments = {"bias": bias if "bias" in options else None, **rest}
-        if name == "ours":
-            logps = linear_logprob(hidden, weight, target, impl=impl, **arguments)
-        else:
-            logps = eager_logprob(hidden, weight, target, **arguments)
-        results[name] = [logps.detach(), *torch.autograd.grad(logps, inputs, upstream)]
-    for what, *of_all in zip(("log-probs", "dX", "dW", "db"), *results.values(), strict=False):
-        assert_as_good_as_eager(what, *of_all, dtype)
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.1])
-@pytest.mark.parametrize("vocabulary", [20_001, 20_016])  # accesses of one element, and wide ones
-@pytest.mark.parametrize("impl", ["triton_chunked", "triton_fused"])
-def test_heads_give_the_same_bits_with_and_without_gradients(impl: str, vocabulary: int, scale: float) -> None:
-    hidden, weight = (scale * torch.randn(n, 256, device="cuda").bfloat16() for n in (3000, vocabulary))
-    target = torch.randint(vocabulary, (3000,), device="cuda")
-    results = []
-    for _ in range(2):
-        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-        logps = linear_logprob(*leaves, target, impl=impl)
-        results.append([logps.detach(), *torch.autograd.grad(logps.sum(), leaves)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert torch.equal(linear_logprob(hidden, weight, target, impl=impl), results[0][0])
-
-
-@pytest.mark.parametrize("impl", ["triton_chunked", "triton_fused"])
-def test_heads_need_no_full_logits(impl: str) -> None:
-    rows, size, vocabulary = 8192, 256, 50_000
-    hidden, weight = (
-        torch.randn(n, size, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (rows, vocabulary)
-    )
-    target = torch.randint(vocabulary, (rows,), device="cuda")
-    linear_logprob(hidden, weight, target, impl=impl).sum().backward()  # what libraries set up once
-    hidden.grad = weight.grad = None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    linear_logprob(hidden, weight, target, impl=impl).sum().backward()
-    used = torch.cuda.max_memory_allocated() - before
-    sums = 12 * rows * size + 2 * weight.nbytes
-    allowed = {"triton_chunked": (4 * 1024 + 2 * 2 * size) * vocabulary, "triton_fused": 32 << 20}[impl]
-    assert used < 1.1 * (allowed + sums)
-    assert 1.1 * (allowed + sums) < 4 * rows * vocabulary / 3
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _step(model: PreTrainedModel, share: str, ref_logps: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -185,6 +94,24 @@ def test_ligers_layers_under_our_attention_and_head(
             assert (ours - true).norm() <= 1e-4 * true.norm()
 
 
+@pytest.mark.parametrize("of_dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (3, 7), (8, 128)], ids=str)
+def test_segment_sums(shape: tuple[int, ...], of_dtype: str) -> None:
+    dtype = DTYPES[of_dtype]
+    lengths = torch.tensor([1, 0, 3000, 7, 2], device="cuda")
+    index = torch.randint(500, (int(lengths.sum()),), device="cuda")
+    x = torch.randn(500, *shape, device="cuda").to(dtype)
+    owner = torch.arange(5, device="cuda").repeat_interleave(lengths)
+    exact = torch.zeros(5, *shape, dtype=torch.float64, device="cuda").index_add_(0, owner, x.double()[index])
+    sums = {}
+    for impl in ("triton", "torch"):
+        with use_impl(segment_sum=impl):
+            sums[impl] = segment_sum(x, index, lengths)
+            assert torch.equal(segment_sum(x, index, lengths), sums[impl])
+        error = (sums[impl].double() - exact).abs().max()
+        assert error <= (torch.finfo(dtype).eps + 3000 * torch.finfo(torch.float32).eps) * exact.abs().max()
+
+
 def test_a_target_outside_the_vocabulary_stops_the_device() -> None:
     """In a process of its own: a device-side assertion ends the context."""
     import subprocess
@@ -197,6 +124,112 @@ def test_a_target_outside_the_vocabulary_stops_the_device() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode
     assert "outside the vocabulary" in done.stderr
+
+
+HEADS = {  # rows, hidden size, vocabulary: aligned or not, and more rows than Q is kept of
+    "aligned": (300, 128, 5000),
+    "odd": (300, 67, 5003),
+    "many rows": (2500, 64, 5003),
+    "one row": (1, 96, 4099),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "all": {"softcap": 20.0, "logit_scale": 0.5, "bias": True},
+}
+# Kernels and tiles depend on dtype, alignment and options; on the number of rows only which of them run.
+HEAD_CASES = [
+    *itertools.product(DTYPES, ("aligned", "odd"), ("plain", "all")),
+    *(
+        ("bfloat16", shape, name)
+        for shape, name in (("many rows", "plain"), ("many rows", "all"), ("one row", "plain"))
+    ),
+    ("bfloat16", "aligned", "bias"),
+]
+
+
+@pytest.mark.parametrize(("of_dtype", "shape", "name"), HEAD_CASES)
+@pytest.mark.parametrize("impl", ["chunked", "triton_chunked", "triton_fused"])
+def test_heads_are_as_good_as_eager(impl: str, of_dtype: str, shape: str, name: str) -> None:
+    rows, size, vocabulary = HEADS[shape]
+    dtype, options = DTYPES[of_dtype], OPTIONS[name]
+    rest = {key: value for key, value in options.items() if key != "bias"}
+    results = {}
+    for way, of in (("ours", dtype), ("eager", dtype), ("oracle", torch.float64)):
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight, bias = (
+            torch.randn(*s, generator=generator).to(dtype).to("cuda", of)
+            for s in ((rows, size), (vocabulary, size), (vocabulary,))
+        )
+        target = torch.randint(vocabulary, (rows,), generator=generator).cuda()
+        upstream = torch.randn(rows, generator=generator).to("cuda", torch.promote_types(of, torch.float32))
+        inputs = [x.requires_grad_() for x in (hidden, weight, bias)][: 3 if "bias" in options else 2]
+        arguments = {"bias": bias if "bias" in options else None, **rest}
+        if way == "ours":
+            logps = linear_logprob(hidden, weight, target, impl=impl, **arguments)
+        else:
+            logps = eager_logprob(hidden, weight, target, **arguments)
+        results[way] = [logps.detach(), *torch.autograd.grad(logps, inputs, upstream)]
+    for what, *of_all in zip(("log-probs", "dX", "dW", "db"), *results.values(), strict=False):
+        assert_as_good_as_eager(what, *of_all, dtype)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+@pytest.mark.parametrize("vocabulary", [20_001, 20_016])  # accesses of one element, and wide ones
+@pytest.mark.parametrize("impl", ["triton_chunked", "triton_fused"])
+def test_heads_give_the_same_bits_with_and_without_gradients(impl: str, vocabulary: int, scale: float) -> None:
+    hidden, weight = (scale * torch.randn(n, 256, device="cuda").bfloat16() for n in (3000, vocabulary))
+    target = torch.randint(vocabulary, (3000,), device="cuda")
+    results = []
+    for _ in range(2):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        logps = linear_logprob(*leaves, target, impl=impl)
+        results.append([logps.detach(), *torch.autograd.grad(logps.sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(linear_logprob(hidden, weight, target, impl=impl), results[0][0])
+
+
+@pytest.mark.parametrize("impl", ["triton_chunked", "triton_fused"])
+def test_heads_need_no_full_logits(impl: str) -> None:
+    rows, size, vocabulary = 8192, 256, 50_000
+    hidden, weight = (
+        torch.randn(n, size, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (rows, vocabulary)
+    )
+    target = torch.randint(vocabulary, (rows,), device="cuda")
+    linear_logprob(hidden, weight, target, impl=impl).sum().backward()  # what libraries set up once
+    hidden.grad = weight.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_logprob(hidden, weight, target, impl=impl).sum().backward()
+    used = torch.cuda.max_memory_allocated() - before
+    sums = 12 * rows * size + 2 * weight.nbytes
+    allowed = {"triton_chunked": (4 * 1024 + 2 * 2 * size) * vocabulary, "triton_fused": 32 << 20}[impl]
+    assert used < 1.1 * (allowed + sums)
+    assert 1.1 * (allowed + sums) < 4 * rows * vocabulary / 3
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_varlen_attention_is_as_good_as_eager(head_size: int, dtype: torch.dtype, window: int | None) -> None:
+    pairs = forest_pairs()
+    plan = build_batch(pairs, range(len(pairs)), "tree").plan.to("cuda")
+    results = {}
+    for name, impl, of in (
+        ("ours", "varlen", dtype),
+        ("eager", "reference", dtype),
+        ("oracle", "reference", torch.float64),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        q, k, v, upstream = (
+            torch.randn(plan.num_tokens, heads, head_size, generator=generator).to(dtype).to("cuda", of)
+            for heads in (8, 2, 2, 8)
+        )
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        output = tree_attention(*inputs, plan, scale=head_size**-0.5, sliding_window=window, impl=impl)
+        results[name] = [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
+    for what, ours, eager, oracle in zip(("output", "dQ", "dK", "dV"), *results.values(), strict=True):
+        assert_as_good_as_eager(what, ours, eager, oracle, dtype)
 
 
 def _attention_results(
@@ -217,16 +250,31 @@ def _attention_results(
     return results
 
 
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, {"softcap": 2.0}], ids=str)
-@pytest.mark.parametrize("sizes", [(64, 64), (192, 128), (256, 256)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+# Each backend is held against the definition once more before its first use, for each option alone (selftest.py), so
+# that options together are left to float32, and tiles to the test over many of them.
+ATTENTION_CASES = [
+    *((dtype, 64, 64, {}, False) for dtype in DTYPES),
+    *(("bfloat16", *sizes, {}, False) for sizes in ((192, 128), (256, 256))),
+    *(("bfloat16", 64, 64, options, False) for options in ({"sliding_window": 5}, {"softcap": 2.0})),
+    *(("bfloat16", 64, 64, options, True) for options in ({}, {"sliding_window": 5})),
+    ("float32", 64, 64, {"sliding_window": 5, "softcap": 2.0}, True),
+]
+
+
+def _name(case: tuple[str, int, int, dict[str, Any], bool]) -> str:
+    dtype, size, of_values, options, sinks = case
+    return "-".join([dtype, f"{size}x{of_values}", *options, *(["sinks"] if sinks else [])])
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=_name)
 @pytest.mark.parametrize("impl", ["triton", "flash", "varlen", "flex"])
-def test_attention_backends_are_as_good_as_eager(
-    impl: str, dtype: torch.dtype, sizes: tuple[int, int], options: dict[str, Any], sinks: bool
-) -> None:
+def test_attention_backends_are_as_good_as_eager(impl: str, case: tuple[str, int, int, dict[str, Any], bool]) -> None:
+    of_dtype, *sizes, options, sinks = case
+    dtype = DTYPES[of_dtype]
+    if impl == "flex":
+        torch.compiler.reset()  # each case compiles anew, and torch refuses after a few
     try:
-        results = _attention_results(impl, dtype, sizes, sinks, **options)
+        results = _attention_results(impl, dtype, tuple(sizes), sinks, **options)
     except ValueError as refusal:
         if "self-test" in str(refusal):
             raise
@@ -246,27 +294,21 @@ def test_attention_backends_give_the_same_bits(impl: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(), (3, 7), (8, 128)], ids=str)
-def test_segment_sums(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    lengths = torch.tensor([1, 0, 3000, 7, 2], device="cuda")
-    index = torch.randint(500, (int(lengths.sum()),), device="cuda")
-    x = torch.randn(500, *shape, device="cuda").to(dtype)
-    owner = torch.arange(5, device="cuda").repeat_interleave(lengths)
-    exact = torch.zeros(5, *shape, dtype=torch.float64, device="cuda").index_add_(0, owner, x.double()[index])
-    sums = {}
-    for impl in ("triton", "torch"):
-        with use_impl(segment_sum=impl):
-            sums[impl] = segment_sum(x, index, lengths)
-            assert torch.equal(segment_sum(x, index, lengths), sums[impl])
-        error = (sums[impl].double() - exact).abs().max()
-        assert error <= (torch.finfo(dtype).eps + 3000 * torch.finfo(torch.float32).eps) * exact.abs().max()
+ALL = {"sliding_window": 100, "softcap": 20.0}  # and sinks
+TILES = [  # each configuration of the tables, and sizes that are no power of two
+    *(("bfloat16", size, {}) for size in (16, 80, 128, 256)),
+    *(("float32", size, {}) for size in (16, 128, 256)),
+    ("bfloat16", 80, ALL),
+    ("bfloat16", 256, ALL),
+    ("float32", 128, ALL),
+]
 
 
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 100, "softcap": 20.0}], ids=["plain", "all"])
-@pytest.mark.parametrize("size", [16, 80, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_triton_attention_over_many_tiles(dtype: torch.dtype, size: int, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("of_dtype", "size", "options"), TILES, ids=lambda x: ("all" if x else "plain") if isinstance(x, dict) else None
+)
+def test_triton_attention_over_many_tiles(of_dtype: str, size: int, options: dict[str, Any]) -> None:
+    dtype = DTYPES[of_dtype]
     rng = np.random.default_rng(0)
     prompt, steps = (rng.integers(3, 512, n).tolist() for n in (700, 600))
     cuts = [(at, rng.integers(3, 512, (2, 90)).tolist()) for at in range(0, 600, 60)]

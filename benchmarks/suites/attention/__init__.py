@@ -48,19 +48,21 @@ def by_prefix(device: str, size: str) -> list[Case]:
     prefixes = {
         ("cuda", "quick"): (1024, 8192),
         ("cuda", "full"): (256, 1024, 4096, 8192, 16_384, 32_768),
-        ("cpu", "quick"): (256, 1024),
-        ("cpu", "full"): (256, 1024, 4096),
+        ("cpu", "quick"): (128, 512),
+        ("cpu", "full"): (256, 1024, 2048),
     }[device, size]
-    found = [case(device, prefix=n, **shape) for n in prefixes]
+    few = {"rounds": 5} if device == "cpu" and size == "full" else {}
+    found = [case(device, prefix=n, **shape, **few) for n in prefixes]
     if size == "full":
-        found += [case(device, prefix=n, **shape, mode="forward") for n in prefixes[:4]]
+        found += [case(device, prefix=n, **shape, **few, mode="forward") for n in prefixes[:4]]
     return found
 
 
 def by_branches(device: str, size: str) -> list[Case]:
     if size != "full":
         return []
-    shape: Case = {"lengths": "made", "branch": 64, "prefixes": 1, "prefix": 4096 if device == "cuda" else 1024}
+    shape: Case = {"lengths": "made", "branch": 64, "prefixes": 1}
+    shape |= {"prefix": 4096} if device == "cuda" else {"prefix": 256, "rounds": 5}
     return [case(device, pairs_per_prefix=n, **shape) for n in (1, 4, 16)]
 
 
@@ -71,7 +73,7 @@ def by_pairs(device: str, size: str) -> list[Case]:
         ("cuda", "quick"): (64,),
         ("cuda", "full"): (16, 64, 256),
         ("cpu", "quick"): (16,),
-        ("cpu", "full"): (8, 32, 128),
+        ("cpu", "full"): (8, 32),
     }[device, size]
     return [case(device, lengths="real", pairs=n) for n in pairs]
 

@@ -144,10 +144,13 @@ def dense_sdpa(forest: Forest) -> Work:
 
     layout = forest.layout("tree")
     mask = dense_mask(layout.plan).to(forest.query.device)
+    # On CUDA the kernel that takes a mask and needs no scores of all by all takes no grouped heads.
+    group = forest.query.shape[1] // forest.key.shape[1] if forest.query.is_cuda else 1
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=forest.scale, enable_gqa=True)
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=forest.scale, enable_gqa=group == 1)
         return output[0].transpose(0, 1)
 
     return in_a_line(forest, layout, attend)
@@ -163,7 +166,9 @@ def flex_shared_prefix(forest: Forest) -> Work:
         return (pair[q] == pair[k]) & (q >= k) & ~(second[q] & first[k])
 
     size = layout.index.numel()
-    mask = create_block_mask(sees, None, None, size, size, device=forest.query.device.type)
+    # Compiled, or it holds tensors of all by all places.
+    device = forest.query.device.type
+    mask = create_block_mask(sees, None, None, size, size, device=device, _compile=device == "cuda")
     flex = _compiled_flex()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ TESTS = ("tests/ops/test_linear_logprob.py",)
 
 
 def case(head: str, rows: int, device: str, **changes: Any) -> Case:
-    hidden, vocab = SIZE_OF[head]
+    hidden, vocab = SIZE_OF.get(head, (0, 0))
     usual = {"mode": "full", "dtype": "bfloat16", "inputs": "random", "head": head}
     return usual | {"rows": rows, "hidden": hidden, "vocab": vocab, "device": device} | changes
 
@@ -68,14 +68,16 @@ def by_rows(device: str, size: str) -> list[Case]:
         rows = {"quick": (1024, 4096, 16_384), "full": (128, 512, 1024, 2048, 4096, 8192, 16_384)}[size]
         heads = {"quick": ("Qwen2-7B",), "full": ("Qwen2-7B", "Llama-3-8B")}[size]
         return [case(head, r, device) for head in heads for r in rows]
-    return [case("SmolLM2-135M", r, device) for r in (128, 512, 2048) if size == "full"]
+    if size == "quick":
+        return []
+    return [case("SmolLM2-135M", r, device, rounds=n) for r, n in ((128, 7), (512, 5), (1024, 3))]
 
 
 def by_mode(device: str, size: str) -> list[Case]:
     """What a frozen head and the reference pass save; float32; targets as likely as after training."""
     if size == "tiny":
         return [case(TINY, 64, device, mode="logp", inputs="peaked")]
-    head, rows = ("Qwen2-7B", 4096) if device == "cuda" else ("SmolLM2-135M", 512)
+    head, rows = ("Qwen2-7B", 4096) if device == "cuda" else ("SmolLM2-135M", 128)
     if size == "quick":
         return [case(head, rows, device, mode="frozen", inputs="peaked")] if device == "cuda" else []
     modes = [case(head, rows, device, mode=mode) for mode in ("frozen", "logp")]
@@ -87,15 +89,16 @@ def by_head(device: str, size: str) -> list[Case]:
         return []
     if device == "cuda":
         return [case(head, 4096, device) for head in (HEADS if size == "full" else ("Llama-3-8B",))]
-    heads = {"quick": ("SmolLM2-135M",), "full": ("SmolLM2-135M", "Qwen2-0.5B", "Qwen2-7B")}[size]
-    return [case(head, 256, device) for head in heads]
+    heads = {"quick": {"SmolLM2-135M": (128, 7)}, "full": {"Qwen2-0.5B": (128, 5), "Qwen2-7B": (64, 3)}}[size]
+    return [case(head, rows, device, rounds=rounds) for head, (rows, rounds) in heads.items()]
 
 
 def by_vocabulary(device: str, size: str) -> list[Case]:
     if size != "full":
         return []
-    head, rows = ("Llama-3-8B", 4096) if device == "cuda" else ("SmolLM2-135M", 256)
-    return [case(head, rows, device, vocab=vocab) | {"head": "any"} for vocab in (32_768, 131_072, 262_144)]
+    if device == "cuda":
+        return [case("any", 4096, device, hidden=4096, vocab=vocab) for vocab in (32_768, 131_072, 262_144)]
+    return [case("any", 128, device, hidden=576, vocab=v, rounds=n) for v, n in ((32_768, 7), (131_072, 3))]
 
 
 def _workload(name: str, title: str, x: str, x_label: str, cases: Any, all_of_them: bool = True) -> Workload:
@@ -109,7 +112,9 @@ def _workload(name: str, title: str, x: str, x_label: str, cases: Any, all_of_th
 SLOWER = ("products-onednn", "ours-memory", "eager-compiled", "torch-linear-ce-chunked")
 WORKLOADS = (
     _workload("head-rows", "The head against its rows", "rows", "loss rows R", by_rows),
-    _workload("head-modes", "The head frozen, without gradients, after training", "rows", "loss rows R", by_mode),
+    _workload(
+        "head-modes", "The head frozen, without gradients, after training", "rows", "loss rows R", by_mode, False
+    ),
     _workload("head-models", "The heads of known models", "vocab", "vocabulary V", by_head, False),
     _workload("head-vocabulary", "The head against its vocabulary", "vocab", "vocabulary V", by_vocabulary, False),
 )

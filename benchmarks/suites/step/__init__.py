@@ -45,27 +45,27 @@ def tiny(device: str, **changes: Any) -> Case:
 def by_pairs(device: str, size: str) -> list[Case]:
     if size == "tiny":
         return [tiny(device, lengths="real", pairs=4)]
+    if device == "cuda" and size == "quick":  # small enough for all providers to be there at once, with full logits
+        return [case(device, "Qwen2-0.5B", lengths="real", pairs=128, max_tokens=8192)]
     if device == "cuda":
-        pairs = {"quick": (128,), "full": (16, 64, 256, 1024)}[size]
-        found = [case(device, "Qwen2-1.5B", lengths="real", pairs=n, max_tokens=16_384) for n in pairs]
-        checkpointed = {"mode": "lora", "checkpointing": True, "max_tokens": 16_384}
-        if size == "full":
-            found += [case(device, "Qwen2-7B", lengths="real", pairs=n, alone=True, **checkpointed) for n in (64, 256)]
-        return found
-    return [case(device, "llama-21M", lengths="real", pairs=n) for n in {"quick": (16,), "full": (4, 16, 64)}[size]]
+        of = {"lengths": "real", "max_tokens": 8192, "alone": True}
+        found = [case(device, "Qwen2-1.5B", pairs=n, **of) for n in (16, 64, 256, 1024)]
+        return found + [case(device, "Qwen2-7B", mode="lora", checkpointing=True, pairs=n, **of) for n in (64, 256)]
+    pairs = {"quick": {6: 5}, "full": {4: 5, 16: 3}}[size]
+    return [case(device, "llama-21M", lengths="real", pairs=n, rounds=rounds) for n, rounds in pairs.items()]
 
 
 def by_prefix(device: str, size: str) -> list[Case]:
     if size == "tiny":
         return []
-    model = "Qwen2-1.5B" if device == "cuda" else "llama-21M"
+    model = {"cpu": "llama-21M", "cuda": "Qwen2-0.5B" if size == "quick" else "Qwen2-1.5B"}[device]
     prefixes = {
         ("cuda", "quick"): (1024, 4096),
         ("cuda", "full"): (256, 1024, 4096, 16_384, 32_768),
         ("cpu", "quick"): (),
-        ("cpu", "full"): (128, 512, 1024),
+        ("cpu", "full"): (128, 512),
     }[device, size]
-    shape = {"lengths": "made", "branch": 64, "pairs_per_prefix": 2, "pairs": 8}
+    shape = {"lengths": "made", "branch": 64, "pairs_per_prefix": 2} | at_once(model)
     return [case(device, model, prefix=n, max_tokens=max(4096, 2 * (n + 64)), **shape) for n in prefixes]
 
 
@@ -73,8 +73,18 @@ def by_branches(device: str, size: str) -> list[Case]:
     if size != "full":
         return []
     model = "Qwen2-1.5B" if device == "cuda" else "llama-21M"
-    shape = {"lengths": "made", "branch": 64, "prefix": 512 if device == "cuda" else 256, "pairs": 16}
-    return [case(device, model, pairs_per_prefix=n, **shape) for n in (1, 4, 16)]
+    of = at_once(model)
+    shape = {"lengths": "made", "branch": 64, "prefix": 512 if device == "cuda" else 128} | of
+    shape |= {"pairs": 2 * of["pairs"]}
+    return [case(device, model, pairs_per_prefix=n, **shape) for n in (1, shape["pairs"] // 4, shape["pairs"])]
+
+
+def at_once(model: str) -> dict[str, Any]:
+    """Pairs, and how they are measured, of a model's scaling."""
+    if model == "llama-21M":
+        return {"pairs": 4, "rounds": 3}
+    # A GPU has no room for six of the larger model, with gradients and full logits.
+    return {"pairs": 8} | ({"alone": True} if model == "Qwen2-1.5B" else {})
 
 
 def training(device: str, size: str) -> list[Case]:
@@ -85,8 +95,8 @@ def training(device: str, size: str) -> list[Case]:
     if device == "cuda":
         return [case(device, "Qwen2-1.5B", pairs_per_step=128, max_tokens=16_384, rounds=5, alone=True)]
     if size == "quick":
-        return [case(device, "llama-21M", pairs_per_step=8, max_tokens=2048, rounds=3)]
-    return [case(device, "SmolLM2-135M", pairs_per_step=16, max_tokens=2048, rounds=3)]
+        return [case(device, "llama-21M", pairs_per_step=4, max_tokens=2048, rounds=5)]
+    return [case(device, "SmolLM2-135M", pairs_per_step=8, max_tokens=2048, rounds=3)]
 
 
 def training_lora(device: str, size: str) -> list[Case]:
@@ -95,7 +105,7 @@ def training_lora(device: str, size: str) -> list[Case]:
     if device == "cuda":
         of = {"mode": "lora", "checkpointing": True, "pairs_per_step": 128, "max_tokens": 16_384, "rounds": 3}
         return [case(device, "Qwen2-7B", alone=True, **of)]
-    return [case(device, "SmolLM2-135M", mode="lora", pairs_per_step=8, max_tokens=2048, rounds=3)]
+    return [case(device, "SmolLM2-135M", mode="lora", pairs_per_step=4, max_tokens=2048, rounds=2)]
 
 
 def _model(name: str, title: str, x: str, x_label: str, cases: Any, with_x: tuple[str, ...] = ()) -> Workload:

@@ -39,7 +39,7 @@ VERIFIED = {"dtype": "float32", "pairs_per_step": 8, "max_tokens": 2048}
 # Two steps on the same pairs: the second one says what the first one's update did.
 CHECKED = {"steps": 2, "repeat": True, "bf16": False, "learning_rate": 1e-4}
 LEARNING_RATE = 5e-7  # the paper's
-PAIRS = 256  # made-up pairs to draw from, where no data is named
+PAIRS = 256  # made-up pairs to draw from, at least, where no data is named
 
 
 def verify(workload: Workload, cases: list[Case], context: Context) -> dict[tuple[str, tuple[Any, ...]], Answer]:
@@ -52,7 +52,7 @@ def verify(workload: Workload, cases: list[Case], context: Context) -> dict[tupl
     checked = [(name, mode) for name, mode in kinds if SETTINGS[name]["trainer"] != "products"]
     # The definition needs to know which pairs are drawn, and nothing else of a trainer.
     definitions = {(drawn_by(name), mode): name for name, mode in checked}
-    with inputs_of({"model": "tiny", "dtype": "float32"}, "", "") as (model, data):
+    with inputs_of({"model": "tiny", "dtype": "float32"}, "", "", PAIRS) as (model, data):
 
         def first(name: str, mode: str, changes: dict[str, Any]) -> Answer:
             settings = settings_of(name, {**VERIFIED, "mode": mode}, context, model, data)
@@ -121,8 +121,8 @@ def told(answer: Answer) -> Answer:
 
 
 @contextmanager
-def inputs_of(case: Case, model: str, data: str) -> Iterator[tuple[str, str]]:
-    """(model, data): those that are named, or a folder with random weights and a file of made-up pairs."""
+def inputs_of(case: Case, model: str, data: str, count: int) -> Iterator[tuple[str, str]]:
+    """(model, data): those that are named, or a folder with random weights and a file of so many made-up pairs."""
     from benchmarks.suites.step.models import write_model, write_pairs
 
     with TemporaryDirectory(prefix="stepdpo-") as folder:
@@ -131,7 +131,7 @@ def inputs_of(case: Case, model: str, data: str) -> Iterator[tuple[str, str]]:
             yield plain_folder(model, case["dtype"], str(made)), data
         else:
             write_model(made, case["model"], case["dtype"])
-            write_pairs(pairs, max(PAIRS, 8 * case.get("pairs_per_step", 0)))
+            write_pairs(pairs, count)
             yield str(made), str(pairs)
 
 
@@ -163,7 +163,7 @@ def settings_of(name: str, case: Case, context: Context, model: str, data: str) 
         "bf16": True,
         "learning_rate": LEARNING_RATE,
         "repeat": False,
-        "steps": 1 + min(case["rounds"], context.rounds) if "rounds" in case else 1,
+        "steps": 1 + context.rounds_of(case),
         "threads": context.threads,
         "seed": 0,
     }
@@ -187,9 +187,11 @@ def measure(workload: Workload, cases: list[Case], context: Context, red: str = 
             if red and provider.role == "ours":
                 answers[provider.name] = {"status": "wrong", "note": f"tests failed: {red}"}
         turns: dict[str, list[Answer]] = {}
+        count = max(PAIRS, 2 * (1 + context.rounds_of(case)) * case["pairs_per_step"])
         try:
-            with inputs_of(case, context.model, context.data) as (model, data):
-                take_turns(case, context, answers, turns, model, data)
+            if context.left() > RESERVE_SECONDS:
+                with inputs_of(case, context.model, context.data, count) as (model, data):
+                    take_turns(case, context, answers, turns, model, data)
         finally:  # an interrupt keeps the rounds that are complete
             context.keep(as_rows(workload, case, context, answers, turns))
 
@@ -240,7 +242,7 @@ def take_turns(
 def as_rows(
     workload: Workload, case: Case, context: Context, answers: dict[str, Answer], turns: dict[str, list[Answer]]
 ) -> list[Row]:
-    steps = 1 + min(case["rounds"], context.rounds)
+    steps = 1 + context.rounds_of(case)
     done = {name: len(own) - steps for name, own in turns.items()}  # steps of each, the warm-up among them
     parts: dict[str, dict[str, tuple[float, ...]]] = {}
     for name, own in turns.items():
@@ -261,16 +263,18 @@ def as_rows(
         else:
             rows.append(replace(base, metric="seconds", unit="s", values=tuple(seconds[provider.name])))
             rows += ratio_rows(base, workload, seconds)
-            part = parts[provider.name]
+            part, own = parts[provider.name], turns[provider.name]
+            first = own[0]["seconds"] + own[steps]["seconds"]
+            rows.append(replace(base, metric="first_call_seconds", unit="s", values=(first,)))
             rows += [
                 replace(base, metric=m, unit="s", values=part[m]) for m in ("reference_seconds", "training_seconds")
             ]
-            last = turns[provider.name][-1]
+            last = own[-1]
             for metric, unit in (("peak_bytes", "B"), ("extra_bytes", "B"), ("tokens", "1")):
                 if last.get(metric) is not None:
                     rows.append(replace(base, metric=metric, unit=unit, values=(float(last[metric]),)))
             if "loss" in last:
-                losses = tuple(turn["loss"] for turn in turns[provider.name][steps:])
+                losses = tuple(turn["loss"] for turn in own[steps:])
                 rows.append(replace(base, metric="value", unit="1", values=losses, note="loss of each step"))
         for name, error in answer.get("errors", {}).items():
             rows.append(replace(base, metric=name, unit="1", values=(error,), note="relative, to float64"))

@@ -21,17 +21,19 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from benchmarks.measure import PeakMemory, volunteer
+from benchmarks.measure import PeakMemory, results_alone, volunteer
 from benchmarks.suites.step.floor import LinearProducts
 from stepdpo_kernels.data import load_step_pairs
 from stepdpo_kernels.packing import epoch_order, pack_pairs
 from stepdpo_kernels.trainer import StepDPOConfig, StepDPOTrainer, load_model, load_tokenizer
 from stepdpo_kernels.types import StepPair
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def process_peak() -> int:
     """Bytes: PyTorch's allocator on CUDA, else the resident set of the process."""
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -42,29 +44,39 @@ class Turns(TrainerCallback):
     def __init__(self, answers: TextIO, pairs_per_step: int) -> None:
         self.answers, self.pairs_per_step = answers, pairs_per_step
         self.memory: PeakMemory | None = None
-        self.load_peak = 0
+        self.peak = self.extra = 0  # bytes, over all turns
+        self.lent = 0  # bytes that the allocator gave back at the end of a turn
         self.pairs = 0  # of this turn, in the reference pass
 
     def loaded(self) -> None:
-        self.load_peak = process_peak()
-        self.memory = PeakMemory("cuda" if torch.cuda.is_available() else "cpu")
+        self.peak = process_peak()
+        self.memory = PeakMemory(DEVICE)
         self._answer({})
 
     def end(self, **facts: float) -> None:
-        if torch.cuda.is_available():
+        if DEVICE == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._began
         assert self.memory
-        told = {
-            "seconds": seconds,
-            "processor_seconds": time.process_time() - self._began_processor,
-            "peak_bytes": max(self.load_peak, process_peak()),
-            "extra_bytes": self.memory.extra_bytes(),
-        }
-        if torch.cuda.is_available():  # other trainers take their turns with what the allocator keeps
-            gc.collect()
-            torch.cuda.empty_cache()
+        extra = self.memory.extra_bytes()
+        self.peak, self.extra = max(self.peak, process_peak()), max(self.extra, extra or 0)
+        if DEVICE == "cuda":
+            self._lend()
+        told = {"seconds": seconds, "peak_bytes": self.peak, "extra_bytes": None if extra is None else self.extra}
         self._answer({**told, **facts})
+
+    def _lend(self) -> None:
+        """Other trainers take their turns with what the allocator holds and does not use."""
+        gc.collect()
+        held = torch.cuda.memory_reserved()
+        torch.cuda.empty_cache()
+        self.lent = held - torch.cuda.memory_reserved()
+
+    def _take_back(self) -> None:
+        """As much in one piece, which the allocator cuts up: steps of a training run do not wait for the driver."""
+        torch.empty(self.lent, dtype=torch.uint8, device=DEVICE)
+        self.lent = 0
+        torch.cuda.reset_peak_memory_stats()
 
     def count(self, logps: torch.Tensor) -> None:
         """Reference log-probs of (chosen, rejected), each of so many pairs, are there."""
@@ -82,7 +94,9 @@ class Turns(TrainerCallback):
         print(json.dumps({"status": "ok", **facts}), file=self.answers, flush=True)
         if not sys.stdin.readline():
             raise SystemExit
-        self._began, self._began_processor = time.perf_counter(), time.process_time()
+        if self.lent:
+            self._take_back()
+        self._began = time.perf_counter()
 
 
 def drawn(settings: dict[str, Any], tokenizer: Any) -> list[StepPair]:
@@ -107,7 +121,7 @@ def common(settings: dict[str, Any]) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "beta": 0.4,
         "bf16": settings["bf16"],
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": DEVICE == "cpu",
         "optim": "adamw_torch_fused",
         "gradient_checkpointing": settings["checkpointing"],
         "max_steps": settings["steps"],
@@ -231,8 +245,7 @@ class Products:
             [(b.num_tokens, b.num_rows) for b in pack_pairs(pairs[i : i + per_step], settings["max_tokens"])]
             for i in range(0, len(pairs), per_step)
         ]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = model.to(device, torch.bfloat16 if settings["bf16"] else None)
+        model = model.to(DEVICE, torch.bfloat16 if settings["bf16"] else None)
         self.floor = LinearProducts(model, [size for step in self.steps for size in step])
 
     def train(self) -> None:
@@ -303,7 +316,7 @@ def length(pair: StepPair) -> int:
 
 def main() -> None:
     volunteer()
-    answers, sys.stdout = sys.stdout, sys.stderr  # progress and logs must not mix with the answers
+    answers = results_alone()
     settings = json.loads(sys.stdin.readline())
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
