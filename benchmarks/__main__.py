@@ -150,11 +150,13 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def plot_results(options: argparse.Namespace) -> None:
-    from benchmarks import plots, report
-
     if options.picture:
+        from benchmarks import plots
+
         plots.picture(options.results, options.picture)
     else:
+        from benchmarks import report
+
         print(f"report: {report.write_report(options.results)}")
 
 

@@ -51,7 +51,7 @@ def by_prefix(device: str, size: str) -> list[Case]:
         ("cpu", "quick"): (128, 512),
         ("cpu", "full"): (256, 1024, 2048),
     }[device, size]
-    few = {"rounds": 5} if device == "cpu" and size == "full" else {}
+    few: Case = {"rounds": 5} if device == "cpu" and size == "full" else {}
     found = [case(device, prefix=n, **shape, **few) for n in prefixes]
     if size == "full":
         found += [case(device, prefix=n, **shape, **few, mode="forward") for n in prefixes[:4]]

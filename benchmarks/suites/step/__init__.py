@@ -74,9 +74,9 @@ def by_branches(device: str, size: str) -> list[Case]:
         return []
     model = "Qwen2-1.5B" if device == "cuda" else "llama-21M"
     of = at_once(model)
-    shape = {"lengths": "made", "branch": 64, "prefix": 512 if device == "cuda" else 128} | of
-    shape |= {"pairs": 2 * of["pairs"]}
-    return [case(device, model, pairs_per_prefix=n, **shape) for n in (1, shape["pairs"] // 4, shape["pairs"])]
+    pairs = 2 * of["pairs"]
+    shape = {"lengths": "made", "branch": 64, "prefix": 512 if device == "cuda" else 128, **of, "pairs": pairs}
+    return [case(device, model, pairs_per_prefix=n, **shape) for n in (1, pairs // 4, pairs)]
 
 
 def at_once(model: str) -> dict[str, Any]:
