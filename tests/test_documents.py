@@ -110,6 +110,8 @@ def is_path(word: str) -> bool:
     if not re.fullmatch(r"[\w.*/-]+", word) or word.startswith(("/", "-")):
         return False
     first, slash, _ = word.partition("/")
+    if first == "runs":  # what commands write
+        return False
     return word.endswith(SUFFIXES) or bool(slash and (ROOT / first).exists()) or word.endswith("/")
 
 
