@@ -1,8 +1,9 @@
 """`python -m benchmarks gpu`: all that needs a GPU, within a time limit, and what there is so far when stopped.
 
 First the tests marked gpu, then the suites head, attention and step at their quick size, then the report. Each suite
-has a share of the time that is left, so that a slow one leaves some to the next; one whose tests failed on the GPU
-measures everybody but us. `--dry` walks through the same on a CPU: tiny cases, Triton's kernels in its interpreter.
+has a share of the time that is left, so that a slow one leaves some to the next. Red tests hold no figures back: time
+on a GPU is dear, every provider is held against float64 on it all the same, and the report begins with what failed.
+`--dry` walks through the same on a CPU: tiny cases, Triton's kernels in its interpreter.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,19 +25,10 @@ from typing import Any
 
 from benchmarks import session
 from benchmarks.environment import ROOT
-from benchmarks.suites import attention, head, step
 
 TESTS = "gpu-tests"  # .json and .log
 # Where tests marked gpu are, and nothing else is collected; in the order in which they begin.
 MARKED = ("tests/gpu/test_training.py", "tests/gpu/test_cuda.py", "tests/trainer/test_sharded.py")
-# How the names of tests begin that hold a suite's kernels; all others hold training.
-HOLDS = {
-    "test_heads_": head.TESTS,
-    "test_a_target_": head.TESTS,
-    "test_attention_": attention.TESTS,
-    "test_triton_attention_": attention.TESTS,
-    "test_varlen_attention_": attention.TESTS,
-}
 SHARES = {"head": 0.4, "attention": 0.45, "step": 1.0}  # of the time that is left when its turn comes
 TESTS_SHARE = 0.35
 PROCESSES = 8  # of tests, on two cores each: they compile for most of their time
@@ -57,7 +49,6 @@ def run(options: argparse.Namespace) -> list[str]:
     output.mkdir(parents=True, exist_ok=True)
     tests = run_tests(output, options.time_limit * TESTS_SHARE, MARKED)
     print(f"tests marked gpu: {tests['summary']}", flush=True)
-    red = red_suites(tests["failed"])
     size, device = ("tiny", "cpu") if options.dry else ("quick", "cuda")
     rounds = 1 if options.dry else session.ROUNDS[size]
     failed: list[str] = []
@@ -70,7 +61,7 @@ def run(options: argparse.Namespace) -> list[str]:
             rounds=rounds,
             deadline=now + share * (end - now),
         )
-        failed += session.run(session.chosen(suite, None), size, context, output, tests=False, red=red)
+        failed += session.run(session.chosen(suite, None), size, context, output, tests=False)
     if tests["status"]:
         failed.append(f"tests marked gpu: {tests['summary']}; {output / TESTS}.log has all of it")
     return failed
@@ -142,18 +133,4 @@ def outcome(log: str, status: int | None, after: float) -> dict[str, Any]:
         "summary": summary,
         "status": 1 if status is None else int(status not in (0, 5)),  # 5: no test is marked gpu
         "failed": list(dict.fromkeys([*failed, *NOT_COLLECTED.findall(log)])),
-    }
-
-
-def red_suites(failed: Iterable[str]) -> dict[str, str]:
-    """{test that holds a suite's figures back: which tests marked gpu failed}; a file not collected holds all back."""
-    names: dict[str, list[str]] = {}
-    for name in failed:
-        test = name.partition("::")[2]
-        held = next((tests for start, tests in HOLDS.items() if test.startswith(start)), step.TESTS)
-        for gate in held if test else (*head.TESTS, *attention.TESTS, *step.TESTS):
-            names.setdefault(gate, []).append(name)
-    return {
-        gate: f"on the GPU {first} failed" + (f", and {len(others)} more" if others else "")
-        for gate, (first, *others) in names.items()
     }

@@ -34,11 +34,11 @@ def write_report(folder: Path) -> Path:
         f"# {told.get('device') or rows[0].device}",
         INTRODUCTION,
         *([] if plots else [NO_PLOTS]),
+        *tests_on_the_device(folder),
         *in_short(rows),
         *beside_each_peer(rows),
         *losses(rows),
         *absent(rows),
-        *tests_on_the_device(folder),
         *(part for name, own in by_workload(rows).items() for part in section(name, own, plots)),
         *machine(told, rows),
     ]

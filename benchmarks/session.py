@@ -64,24 +64,16 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run(
-    chosen: list[Workload],
-    size: str,
-    context: Context,
-    output: Path,
-    tests: bool,
-    red: dict[str, str] | None = None,
-) -> list[str]:
+def run(chosen: list[Workload], size: str, context: Context, output: Path, tests: bool) -> list[str]:
     """Writes `output`/SUITE.csv and environment.json; rows of an earlier run stay until their workload has new ones.
 
     tests: run those that figures of ours depend on
-    red:   those that are known to fail, and what was said of them
     Returns what failed: workloads that could not be measured to their end, and those of ours that are wrong or failed.
     """
     console = Console(width=200)
     began = time.monotonic()
     failed = []
-    red = dict(red or {}) | (gates.red_tests(chosen, context.left()) if tests else {})
+    red = gates.red_tests(chosen, context.left()) if tests else {}
     print_red(red, console)
     for suite in SUITES:
         mine = [workload for workload in chosen if workload.suite == suite]
