@@ -51,7 +51,7 @@ def by_pairs(device: str, size: str) -> list[Case]:
         of = {"lengths": "real", "max_tokens": 8192, "alone": True}
         found = [case(device, "Qwen2-1.5B", pairs=n, **of) for n in (16, 64, 256, 1024)]
         return found + [case(device, "Qwen2-7B", mode="lora", checkpointing=True, pairs=n, **of) for n in (64, 256)]
-    pairs = {"quick": {6: 5}, "full": {4: 5, 16: 3}}[size]
+    pairs = {"quick": {4: 5}, "full": {4: 5, 16: 3}}[size]
     return [case(device, "llama-21M", lengths="real", pairs=n, rounds=rounds) for n, rounds in pairs.items()]
 
 
