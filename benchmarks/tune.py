@@ -101,7 +101,7 @@ def attention(part: str) -> Callable[[str, str], Kernel]:
             module.CONFIGS[key] = module.CONFIGS[key]._replace(**{part: launch})
 
         def candidates() -> list[Any]:
-            found = itertools.product((128, 64), (64, 128, 32), (8, 4), (3, 2, 4))
+            found = itertools.product((64, 128), (128, 64, 32), (4, 8), (3, 2, 4))
             return [module.Launch(*values) for values in found]
 
         changes = {"mode": "forward"} if part == "forward" else {}
