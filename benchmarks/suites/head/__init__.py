@@ -109,7 +109,7 @@ def _workload(name: str, title: str, x: str, x_label: str, cases: Any, all_of_th
     return Workload(name, "head", "linear_logprob", title, x, x_label, cases, providers, kinds, TESTS, dry=dry)
 
 
-SLOWER = ("products-onednn", "ours-memory", "eager-compiled", "torch-linear-ce-chunked")
+SLOWER = ("ours-memory", "eager-compiled", "torch-linear-ce-chunked")
 WORKLOADS = (
     _workload("head-rows", "The head against its rows", "rows", "loss rows R", by_rows),
     _workload(

@@ -15,6 +15,7 @@ from benchmarks.suites.head.providers import BETA, WAYS, Problem, Way, branch_le
 
 # A wrong formula is off by tens of percent, rounding in the dtype of the inputs by less than these.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 1e-2}
+PEAKED = 10.0  # times as much: log-probs are near 0, and logits near 14 are rounded, by up to 0.03 in bfloat16
 SMALL = (96, 1000)  # rows, vocabulary of the problem that is verified
 SAMPLE = 64  # rows of the problem that is measured of which float64 is known
 COLUMNS = 8192  # of W that are made or read at once
@@ -26,7 +27,7 @@ def prepare(case: Case, folder: Path) -> None:
 
 
 def tolerance(case: Case) -> float:
-    return TOLERANCE[case["dtype"]]
+    return TOLERANCE[case["dtype"]] * (PEAKED if case["inputs"] == "peaked" else 1)
 
 
 def errors(provider: str, case: Case) -> dict[str, float]:
