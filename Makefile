@@ -122,7 +122,7 @@ sanitize: $(ENV)
 		$(PY) -m pytest -m gpu tests/gpu/test_cuda.py -v -p no:cacheprovider -k "$(SANITIZED)"
 
 # The picture of the README, from results that are there.
-RESULTS ?= benchmarks/results/cpu-xeon-2-cores-2026-11-28
+RESULTS ?= benchmarks/results/cpu-epyc-2-cores-2026-11-28
 picture: $(ENV)
 	$(PY) -m benchmarks plot $(RESULTS) --picture docs/benchmarks.svg
 

@@ -20,22 +20,37 @@ def red_tests(workloads: Iterable[Workload], seconds: float = float("inf")) -> d
     """{test: what pytest said of it} of those that fail, or do not end within so many seconds of all."""
     end = time.monotonic() + seconds
     tests = list(dict.fromkeys(test for workload in workloads for test in workload.tests))
+    running: set[subprocess.Popen[str]] = set()
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-        told = threads.map(lambda test: fault_of(test, end), tests)
-        return {test: fault for test, fault in zip(tests, told, strict=True) if fault}
+        try:
+            told = list(threads.map(lambda test: fault_of(test, end, running), tests))
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.kill()
+            raise
+    return {test: fault for test, fault in zip(tests, told, strict=True) if fault}
 
 
-def fault_of(test: str, end: float) -> str:
-    """What pytest said, where a test is red or does not end by `end` of time.monotonic(); else empty."""
+def fault_of(test: str, end: float, running: set[subprocess.Popen[str]]) -> str:
+    """What pytest said, where a test is red or does not end by `end` of time.monotonic(); else empty.
+
+    running: has pytest's process while it runs
+    """
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow and not gpu", "--no-header", test]
     timeout = min(MOST_SECONDS, max(1.0, end - time.monotonic()))
-    environment = worker_environment()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment)
-    except subprocess.TimeoutExpired:
-        return f"no end within {timeout:.3g} s"
-    last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
-    return " ".join(last) or f"ended with status {done.returncode}" if done.returncode else ""
+    pipe, environment = subprocess.PIPE, worker_environment()
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment) as process:
+        running.add(process)
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return f"no end within {timeout:.3g} s"
+        finally:
+            running.discard(process)
+    last = (stdout.strip() or stderr.strip()).splitlines()[-1:]
+    return " ".join(last) or f"ended with status {process.returncode}" if process.returncode else ""
 
 
 def of(workload: Workload, red: dict[str, str]) -> str:

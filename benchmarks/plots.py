@@ -293,9 +293,9 @@ def picture(folder: Path, file: Path) -> None:
 PICTURE_TRAINING, PICTURE_HEAD = "step-training", "head-rows"
 WORDS = {  # of providers in the picture; others go by their names
     (PICTURE_TRAINING, "ours"): "StepDPOTrainer",
-    (PICTURE_TRAINING, "trl"): "TRL, 8 at a time",
-    (PICTURE_TRAINING, "trl-sorted"): "TRL, 8 at a time, sorted",
-    (PICTURE_TRAINING, "trl-32"): "TRL, 32 at a time, sorted",
+    (PICTURE_TRAINING, "trl"): "TRL, up to 8 at a time",
+    (PICTURE_TRAINING, "trl-sorted"): "TRL, up to 8 at a time, sorted",
+    (PICTURE_TRAINING, "trl-32"): "TRL, up to 32 at a time, sorted",
     (PICTURE_TRAINING, "trl-1"): "TRL, 1 at a time",
     (PICTURE_HEAD, "ours"): "linear_logprob",
     (PICTURE_HEAD, "ours-loss"): "StepDPOLoss (DPO loss)",

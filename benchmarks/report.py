@@ -75,10 +75,13 @@ def geometric(values: Sequence[float]) -> float:
     return math.exp(fmean(map(math.log, values)))
 
 
-def span(values: Sequence[float]) -> str:
-    """Geometric mean and range."""
-    mean = f"{geometric(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
+def span(values: Sequence[float], cases: int) -> str:
+    """Geometric mean and range, and of how many cases where that is not all of them; empty without values."""
+    if not values:
+        return ""
+    told = f"{geometric(values):.2f}"
+    told += f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return told if len(values) == cases else f"{told} in {len(values)}"
 
 
 def in_short(rows: Sequence[Row]) -> list[str]:
@@ -93,7 +96,7 @@ def in_short(rows: Sequence[Row]) -> list[str]:
             if ratios["of_floor"] or ratios["of_best_peer"]:
                 cases = max(map(len, ratios.values()))
                 smaller = memory_ratios([row for row in own if row.mode == mode])
-                cells = [span(values) if values else "" for values in (*ratios.values(), smaller)]
+                cells = [span(values, cases) for values in (*ratios.values(), smaller)]
                 lines.append((name, mode, str(cases), *cells))
     headings = ("workload", "mode", "cases", "time of the floor's", "time of the best peer's", "memory of that peer's")
     note = "`ours` as it comes, geometric mean over the cases and their range."
@@ -116,8 +119,9 @@ def beside_each_peer(rows: Sequence[Row]) -> list[str]:
                         if pair[0] and pair[1] and min(pair[0].median, pair[1].median) > 0:
                             found.append(by_rounds(pair[0], pair[1]))
                 if ratios["seconds"]:
-                    cells = [span(values) if values else "" for values in ratios.values()]
-                    lines.append((name, mode, mine, peer, str(len(ratios["seconds"])), *cells))
+                    count = len(ratios["seconds"])
+                    cells = [span(values, count) for values in ratios.values()]
+                    lines.append((name, mode, mine, peer, str(count), *cells))
     headings = ("workload", "mode", "of ours", "peer", "cases", "time of that peer's", "memory of that peer's")
     return ["## Ours beside each peer", table(headings, lines)] if lines else []
 

@@ -131,6 +131,9 @@ def measure(workload: Workload, cases: list[Case], context: Context, red: str = 
             seconds: dict[str, list[float]] = {}
             try:
                 take_turns(workload, case, context, pool, folder, answers, seconds)
+            except Exception as error:
+                answers |= broken_off(error, answers)
+                raise
             finally:  # an interrupt keeps the rounds that are complete
                 context.keep(as_rows(workload, case, context, answers, seconds))
             took = time.monotonic() - began
@@ -139,10 +142,19 @@ def measure(workload: Workload, cases: list[Case], context: Context, red: str = 
 NOT_RUN = {"status": "not run", "note": "the run ended before its turn"}
 
 
-def failed_rows(workload: Workload, case: Case, context: Context, told: str) -> list[Row]:
+def failure(error: Exception) -> Answer:
+    """Of ours: no provider is at fault."""
+    return {"status": "failed", "note": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def broken_off(error: Exception, answers: dict[str, Answer]) -> dict[str, Answer]:
+    """Those of whom was well: what they have no figures of ended by an error, not by the clock."""
+    return {name: answer | failure(error) for name, answer in answers.items() if answer["status"] == "ok"}
+
+
+def failed_rows(workload: Workload, case: Case, context: Context, error: Exception) -> list[Row]:
     """Of a case that could not be measured at all."""
-    failure = {"status": "failed", "note": told}
-    return as_rows(workload, case, context, {p.name: failure for p in context.providers(workload)}, {})
+    return as_rows(workload, case, context, {p.name: failure(error) for p in context.providers(workload)}, {})
 
 
 def kind_of(workload: Workload, case: Case) -> tuple[Any, ...]:

@@ -107,7 +107,7 @@ def run(chosen: list[Workload], size: str, context: Context, output: Path, tests
                 console.print(traceback.format_exc(), markup=False)
                 failed.append(f"{workload.name} could not be measured to its end")
                 for case in cases[done[workload.name] :]:
-                    keep(failed_rows(workload, case, context, f"{type(error).__name__}: {error}".splitlines()[0]))
+                    keep(failed_rows(workload, case, context, error))
     console.print(f"{time.monotonic() - began:.0f} s in all")
     return list(dict.fromkeys(failed))
 

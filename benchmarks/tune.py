@@ -56,7 +56,7 @@ def head_fused(device: str, dtype: str) -> Kernel:
         module.CONFIGS[key] = config
 
     def candidates() -> list[Any]:
-        tiles = ((128, 128), (128, 256), (64, 256), (256, 128), (128, 64))
+        tiles = ((128, 256), (128, 128), (64, 256), (256, 128), (128, 64))
         found = itertools.product(tiles, (64, 32, 128), (8, 4), (3, 4, 2))
         return [module.Config(*shape, hidden, warps, stages) for shape, hidden, warps, stages in found]
 

@@ -108,6 +108,7 @@ class Worker:
     def let_go(self) -> None:
         """Of the task and of its memory."""
         self._task = None
+        gc.unfreeze()  # or what refers to itself in the task would stay
         give_back()
 
 

@@ -154,7 +154,7 @@ def test_tokens_are_counted_with_their_padding() -> None:
 def test_all_of_it_runs_on_the_host(device: str) -> None:
     for workload in WORKLOADS:
         assert all(set(p.devices) == {"cpu", "cuda"} for p in workload.providers)
-        assert [case["pairs"] for case in workload.cases(device, "full")] == [64, 256, 1024, 4096]
+        assert [case["pairs"] for case in workload.cases(device, "full")] == [64, 256, 1024]
         sizes = [workload.cases(device, size) for size in ("tiny", "quick", "full")]
         assert {case["device"] for cases in sizes for case in cases} == {"cpu"}
 

@@ -17,6 +17,7 @@ from benchmarks import gpu, report, rows, tune
 from benchmarks.registry import Case, workloads
 from benchmarks.runner import Context
 from benchmarks.suites.step import tiny, trainers
+from tests.benchmarks.test_results import row
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -126,9 +127,10 @@ def test_red_tests_are_what_the_report_begins_with(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(gpu, "SHARES", {})
     options = argparse.Namespace(time_limit=100.0, output=tmp_path, dry=True)
     assert "1 failed" in gpu.run(options)[0]
-    rows.write(tmp_path / "head.csv", [])
-    told = "\n\n".join(report.tests_on_the_device(tmp_path))
-    assert told.startswith("## Tests marked gpu\n\n1 failed")
+    rows.write(tmp_path / "head.csv", [row("ours"), row("ours", "of_floor", (1.1,))])
+    told, in_short, _ = report.write_report(tmp_path).read_text().partition("## In short")
+    assert in_short
+    assert "## Tests marked gpu\n\n1 failed" in told
     assert "test_red.py::test_red`" in told
 
 

@@ -21,7 +21,7 @@ ON_CPU = [p.name for p in PROVIDERS if "cpu" in p.devices and p.role != "floor"]
 
 
 def case(**changes: Any) -> dict[str, Any]:
-    return {"dtype": "float32", "device": "cpu", "hidden": 32, "mode": "full", **changes}
+    return {"dtype": "float32", "device": "cpu", "hidden": 32, "mode": "full", "inputs": "random", **changes}
 
 
 def errors_of(name: str, **changes: Any) -> dict[str, float]:
@@ -104,6 +104,7 @@ def test_a_sample_of_what_is_measured_is_right(tmp_path: Path, name: str, dtype:
     assert all(error <= head.tolerance(case(**of)) for error in errors.values()), errors
 
 
+@pytest.mark.parametrize(("dtype", "inputs"), [("float32", "random"), ("bfloat16", "peaked")])
 @pytest.mark.parametrize(
     ("fault", "found"),
     [
@@ -112,11 +113,17 @@ def test_a_sample_of_what_is_measured_is_right(tmp_path: Path, name: str, dtype:
     ],
 )
 def test_a_fault_in_a_later_chunk_is_caught(
-    tmp_path: Path, fault: Callable[[torch.Tensor], torch.Tensor], found: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    fault: Callable[[torch.Tensor], torch.Tensor],
+    found: list[str],
+    dtype: str,
+    inputs: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(WAYS, "wrong", Way(lambda problem: fault(WAYS["eager"].run(problem))))
-    errors = problem_at_size(tmp_path, "wrong")
-    assert [name for name, error in errors.items() if error > head.TOLERANCE["float32"]] == found
+    of = {"dtype": dtype, "inputs": inputs}
+    errors = problem_at_size(tmp_path, "wrong", **of)
+    assert [name for name, error in errors.items() if error > head.tolerance(case(**of))] == found
 
 
 def test_a_dw_that_lost_a_chunk_is_caught() -> None:

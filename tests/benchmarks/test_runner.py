@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +195,48 @@ def test_a_workload_that_breaks_off_leaves_the_others_their_turns(
     assert found["data-load", "ours"].status == "failed"
     assert found["data-load", "ours"].note == "OSError: no space left on device"
     assert found["data-pack", "ours"].values
+
+
+def test_a_case_that_breaks_off_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that have figures keep them."""
+
+    def broken(*given: Any) -> None:
+        *_, answers, seconds = given
+        answers["products"] |= {"first_call_seconds": 2.0, "extra_bytes": 1, "value": 0.0, "facts": {}}
+        seconds["products"] = [1.0]
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(runner, "take_turns", broken)
+    kept: list[Row] = []
+    workload = head_rows()
+    with pytest.raises(OSError, match="no space"):
+        runner.measure(workload, workload.cases("cpu", "tiny"), context(kept, only=("products", "ours")))
+    of = seconds(kept)
+    assert of["products"].values == (1.0,)
+    assert (of["ours"].status, of["ours"].note) == ("failed", "OSError: no space left on device")
+
+
+def test_what_stops_a_run_stops_its_tests(tmp_path: Path) -> None:
+    slow, started = tmp_path / "test_slow.py", tmp_path / "started"
+    slow.write_text(
+        f"import pathlib, time\n\n\ndef test_it():\n    pathlib.Path({str(started)!r}).touch()\n    time.sleep(100)\n"
+    )
+    workload = replace(head_rows(), tests=(str(slow),))
+
+    def interrupt() -> None:
+        while not started.exists():
+            time.sleep(0.1)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, command._interrupt)
+    threading.Thread(target=interrupt, daemon=True).start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gates.red_tests([workload])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - began < 60
 
 
 def test_a_fault_beside_others_does_not_stop_the_run() -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from examples.loss import accelerate_loop, bare
 from tests.conftest import ROOT
@@ -16,6 +17,8 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def run(monkeypatch) -> Callable[..., list[float]]:
+    AcceleratorState._reset_state(reset_partial_state=True)  # or the precision of earlier tests' trainers stays
+
     def call(main: Callable[[], list[float]], *options: str) -> list[float]:
         monkeypatch.setattr(sys, "argv", ["example", *options])
         return main()

@@ -16,7 +16,8 @@ HEADS = {
     "Qwen2-72B": (8192, 152_064),
 }
 TINY = "tiny"
-SIZE_OF = {**HEADS, TINY: (32, 1_500)}
+ANY = "any"  # its size is the case's
+SIZE_OF = {**HEADS, TINY: (32, 1_500), ANY: (0, 0)}
 
 _PAIRS = "DPO loss of branches of up to 64 rows, without a reference"
 _ROWS = "for any gradient of each row"
@@ -56,7 +57,7 @@ TESTS = ("tests/ops/test_linear_logprob.py",)
 
 
 def case(head: str, rows: int, device: str, **changes: Any) -> Case:
-    hidden, vocab = SIZE_OF.get(head, (0, 0))
+    hidden, vocab = SIZE_OF[head]
     usual = {"mode": "full", "dtype": "bfloat16", "inputs": "random", "head": head}
     return usual | {"rows": rows, "hidden": hidden, "vocab": vocab, "device": device} | changes
 
@@ -97,13 +98,13 @@ def by_vocabulary(device: str, size: str) -> list[Case]:
     if size != "full":
         return []
     if device == "cuda":
-        return [case("any", 4096, device, hidden=4096, vocab=vocab) for vocab in (32_768, 131_072, 262_144)]
-    return [case("any", 128, device, hidden=576, vocab=v, rounds=n) for v, n in ((32_768, 7), (131_072, 3))]
+        return [case(ANY, 4096, device, hidden=4096, vocab=vocab) for vocab in (32_768, 131_072, 262_144)]
+    return [case(ANY, 128, device, hidden=576, vocab=v, rounds=n) for v, n in ((32_768, 7), (131_072, 3))]
 
 
 def _workload(name: str, title: str, x: str, x_label: str, cases: Any, all_of_them: bool = True) -> Workload:
     """all_of_them: with the configurations that are not the fastest ones of their kind"""
-    kinds = ("dtype", "mode", "hidden")
+    kinds = ("dtype", "mode", "hidden", "inputs")
     providers = tuple(p for p in PROVIDERS if all_of_them or p.name not in SLOWER)
     dry = ("products", "ours", "ours-triton-chunked", "ours-triton-fused", "eager") if name == "head-rows" else ()
     return Workload(name, "head", "linear_logprob", title, x, x_label, cases, providers, kinds, TESTS, dry=dry)

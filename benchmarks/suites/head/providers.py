@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BETA = 0.1  # of the DPO loss
-MODES = ("full", "frozen", "logp")  # dX and dW; dX alone; no gradient
 
 
 @dataclass(frozen=True)

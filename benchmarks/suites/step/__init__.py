@@ -23,7 +23,7 @@ TRAINING_PROVIDERS = (
     Provider("ours-pair", "ours", "the same as ours, prefixes shared within pairs alone"),
     Provider("ours-none", "ours", "the same as ours, nothing shared"),
     Provider(
-        *("trl", "peer", "DPOTrainer, 8 pairs in a forward pass, reference precomputed, its fused head"), "trl"
+        *("trl", "peer", "DPOTrainer, up to 8 pairs in a forward pass, reference precomputed, its fused head"), "trl"
     ),
     Provider("trl-sorted", "peer", "the same, pairs of a step sorted by length so that they pad little", "trl"),
     Provider("trl-1", "peer", "the same, one pair in a forward pass: next to no padding, and least memory", "trl"),

@@ -17,7 +17,7 @@ from benchmarks.environment import processor
 from benchmarks.measure import TIMED, Worker
 from benchmarks.registry import Case, Workload
 from benchmarks.rows import Row
-from benchmarks.runner import NOT_RUN, RESERVE_SECONDS, Answer, Context, ratio_rows, row_of
+from benchmarks.runner import NOT_RUN, RESERVE_SECONDS, Answer, Context, broken_off, ratio_rows, row_of
 
 WORKER = "benchmarks.suites.step.trainers_worker"
 # What a provider's name means; its number is what a forward pass takes at once: pairs of TRL.
@@ -188,10 +188,15 @@ def measure(workload: Workload, cases: list[Case], context: Context, red: str = 
                 answers[provider.name] = {"status": "wrong", "note": f"tests failed: {red}"}
         turns: dict[str, list[Answer]] = {}
         count = max(PAIRS, 2 * (1 + context.rounds_of(case)) * case["pairs_per_step"])
+        if not context.data:
+            case = case | {"pairs": count}  # to draw from: among others the same round has other pairs
         try:
             if context.left() > RESERVE_SECONDS:
                 with inputs_of(case, context.model, context.data, count) as (model, data):
                     take_turns(case, context, answers, turns, model, data)
+        except Exception as error:
+            answers |= broken_off(error, answers)
+            raise
         finally:  # an interrupt keeps the rounds that are complete
             context.keep(as_rows(workload, case, context, answers, turns))
 
