@@ -280,9 +280,10 @@ def picture(folder: Path, file: Path) -> None:
             mpl.lines.Line2D([], [], color=FLOOR, linestyle=":", label="the matrix products alone: the floor"),
         ]
         figure.legend(handles=keys, loc="outside upper left", ncols=3, frameon=False, fontsize=10)
+        commits = " and ".join(dict.fromkeys((training[0].commit, head[0].commit)))
         figure.supxlabel(
-            f"{training[0].device}; {training[0].versions}; commit {training[0].commit}. "
-            "Bars: medians; lines: 20th to 80th percentile of interleaved rounds.",
+            f"{training[0].device}; {training[0].versions}; commit {commits}. "
+            "Bars: medians; lines: 20th to 80th percentile of the rounds.",
             fontsize=7.5, color=INK, x=0.005, ha="left",
         )  # fmt: skip
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ class Row:
     mode:              which part of the kernel, such as "full" and "frozen"
     metric, unit:      "seconds" in "s", "extra_bytes" in "B", "of_floor" in "x"
     x_name, x:         what varies over the workload, and its value here
-    values:            the metric in each round, rounds of all providers interleaved; empty where `status` is not ok
+    values:            the metric in each round; empty where `status` is not ok
     configuration:     everything else about the case
     status, note:      "ok"; or why there is no figure: absent, refused, wrong, failed, timed out, out of memory,
                        not run
