@@ -186,16 +186,13 @@ def told_of(skipped: Iterable[tuple[Row, str]]) -> Iterator[str]:
         yield f"{why}: {count} cases and providers"
 
 
-FINE = ("ok", "not run", "out of memory (estimated)")  # the last one as well was not tried, as memory was at the time
-
-
 def lost(a: Iterable[Row], b: Iterable[Row]) -> list[str]:
     """Cases of ours that have times in A and in B another status than ok; what B has not tried is not lost."""
     had = {(row.case, row.provider) for row in a if row.metric == "seconds" and row.role == "ours" and row.values}
     return [
         f"{row.provider}, {_case(row)}: {row.status} in B: {row.note}"
         for row in b
-        if row.metric == "seconds" and row.status not in FINE and (row.case, row.provider) in had
+        if row.metric == "seconds" and row.status not in ("ok", "not run") and (row.case, row.provider) in had
     ]
 
 

@@ -80,6 +80,7 @@ def run_tests(output: Path, seconds: float, tests: Sequence[str]) -> dict[str, A
             cwd=ROOT,
             env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"},  # else a pool of them in each process
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what shells start with & ignores it
         )
         try:
             with suppress(subprocess.TimeoutExpired):

@@ -50,8 +50,9 @@ class Worker:
             self._process.kill()
 
         timer = threading.Timer(timeout, kill)
-        timer.start()
+        timer.daemon = True  # an interrupt may come before it can be cancelled
         try:
+            timer.start()
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()

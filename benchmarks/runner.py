@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -132,7 +132,7 @@ def measure(workload: Workload, cases: list[Case], context: Context, red: str = 
             try:
                 take_turns(workload, case, context, pool, folder, answers, seconds)
             except Exception as error:
-                answers |= broken_off(error, answers)
+                answers |= broken_off(error, answers, seconds)
                 raise
             finally:  # an interrupt keeps the rounds that are complete
                 context.keep(as_rows(workload, case, context, answers, seconds))
@@ -147,9 +147,9 @@ def failure(error: Exception) -> Answer:
     return {"status": "failed", "note": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
-def broken_off(error: Exception, answers: dict[str, Answer]) -> dict[str, Answer]:
-    """Those of whom was well: what they have no figures of ended by an error, not by the clock."""
-    return {name: answer | failure(error) for name, answer in answers.items() if answer["status"] == "ok"}
+def broken_off(error: Exception, answers: dict[str, Answer], turns: Mapping[str, Sequence[Any]]) -> dict[str, Answer]:
+    """Answers of those who were well and have had no turn: an error ended the case, and not the clock."""
+    return {n: a | failure(error) for n, a in answers.items() if a["status"] == "ok" and not turns.get(n)}
 
 
 def failed_rows(workload: Workload, case: Case, context: Context, error: Exception) -> list[Row]:

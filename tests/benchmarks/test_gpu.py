@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -74,7 +75,11 @@ def test_what_time_leaves_of_the_tests_is_told(tmp_path: Path, processes: int, m
     monkeypatch.setattr(os, "cpu_count", lambda: 2 * processes)
     slow = tmp_path / "test_it.py"
     slow.write_text(HEAD + GREEN + RED + SLOW)
-    told = gpu.run_tests(tmp_path, 12.0, [str(slow)])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as where a shell started it with &
+    try:
+        told = gpu.run_tests(tmp_path, 12.0, [str(slow)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     log = (tmp_path / "gpu-tests.log").read_text()
     assert ("[gw1]" in log) == (processes > 1)
     assert told["status"] == 1
@@ -159,7 +164,7 @@ def test_trainers_one_after_another(mode: str) -> None:
         pytest.importorskip("peft")
     kept: list[rows.Row] = []
     workload = next(w for w in workloads("step") if w.name == "step-training")
-    of: Case = tiny("cpu", pairs_per_step=4, rounds=1, alone=True) | {"mode": mode}
+    of: Case = tiny("cpu", pairs_per_step=4, pairs=256, rounds=1, alone=True) | {"mode": mode}
     told = Context(device="cpu", rounds=1, keep=kept.extend, threads=1, only=("products", "ours"))
     trainers.measure(workload, [of], told)
     seconds = {row.provider: row for row in kept if row.metric == "seconds"}

@@ -126,6 +126,14 @@ def test_a_fault_in_a_later_chunk_is_caught(
     assert [name for name, error in errors.items() if error > head.tolerance(case(**of))] == found
 
 
+def test_peaked_inputs_are_verified_as_such() -> None:
+    problem = head.small_problem(case(inputs="peaked"))
+    logits = problem.hidden.detach() @ problem.weight.detach().T
+    assert logits.softmax(dim=1).gather(1, problem.target[:, None]).median() > 0.5
+    for workload in WORKLOADS:
+        assert "inputs" in workload.kinds  # or one of them would be verified for the other
+
+
 def test_a_dw_that_lost_a_chunk_is_caught() -> None:
     problem = head.small_problem(case())
     _, (dx, dw) = head.call(WAYS["eager"], problem)

@@ -88,25 +88,27 @@ def at_once(model: str) -> dict[str, Any]:
 
 
 def training(device: str, size: str) -> list[Case]:
+    """pairs: made-up ones to draw from, where no data is named."""
     if size == "tiny":
-        return [tiny(device, pairs_per_step=8, rounds=2)]
+        return [tiny(device, pairs_per_step=8, pairs=256, rounds=2)]
     if device == "cuda" and size == "quick":  # small enough for all trainers to be there at once
-        return [case(device, "Qwen2-0.5B", pairs_per_step=64, max_tokens=16_384, rounds=3)]
+        return [case(device, "Qwen2-0.5B", pairs_per_step=64, pairs=512, max_tokens=16_384, rounds=3)]
     if device == "cuda":
-        return [case(device, "Qwen2-1.5B", pairs_per_step=128, max_tokens=16_384, rounds=5, alone=True)]
+        of = {"pairs_per_step": 128, "pairs": 1536, "max_tokens": 16_384, "rounds": 5}
+        return [case(device, "Qwen2-1.5B", alone=True, **of)]
     if size == "quick":
-        return [case(device, "llama-21M", pairs_per_step=4, max_tokens=2048, rounds=5)]
+        return [case(device, "llama-21M", pairs_per_step=4, pairs=256, max_tokens=2048, rounds=5)]
     # 24 GB have no room for TRL's eight pairs, 11 GB, beside all other trainers.
-    return [case(device, "SmolLM2-135M", pairs_per_step=8, max_tokens=2048, rounds=3, alone=True)]
+    return [case(device, "SmolLM2-135M", pairs_per_step=8, pairs=256, max_tokens=2048, rounds=3, alone=True)]
 
 
 def training_lora(device: str, size: str) -> list[Case]:
     if size != "full":
         return []
     if device == "cuda":
-        of = {"mode": "lora", "checkpointing": True, "pairs_per_step": 128, "max_tokens": 16_384, "rounds": 3}
-        return [case(device, "Qwen2-7B", alone=True, **of)]
-    return [case(device, "SmolLM2-135M", mode="lora", pairs_per_step=4, max_tokens=2048, rounds=2)]
+        of = {"checkpointing": True, "pairs_per_step": 128, "pairs": 1024, "max_tokens": 16_384, "rounds": 3}
+        return [case(device, "Qwen2-7B", mode="lora", alone=True, **of)]
+    return [case(device, "SmolLM2-135M", mode="lora", pairs_per_step=4, pairs=256, max_tokens=2048, rounds=2)]
 
 
 def _model(name: str, title: str, x: str, x_label: str, cases: Any, with_x: tuple[str, ...] = ()) -> Workload:

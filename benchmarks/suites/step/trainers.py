@@ -39,7 +39,7 @@ VERIFIED = {"dtype": "float32", "pairs_per_step": 8, "max_tokens": 2048}
 # Two steps on the same pairs: the second one says what the first one's update did.
 CHECKED = {"steps": 2, "repeat": True, "bf16": False, "learning_rate": 1e-4}
 LEARNING_RATE = 5e-7  # the paper's
-PAIRS = 256  # made-up pairs to draw from, at least, where no data is named
+PAIRS = 256  # made-up ones, of those that are verified
 
 
 def verify(workload: Workload, cases: list[Case], context: Context) -> dict[tuple[str, tuple[Any, ...]], Answer]:
@@ -180,22 +180,22 @@ def measure(workload: Workload, cases: list[Case], context: Context, red: str = 
         return
     verified = verify(workload, cases, context)
     for case in cases:
-        # Real pairs of another model's size are another case.
-        case = case | ({"model": Path(context.model).stem, "lengths": Path(context.data).stem} if context.data else {})
+        # Real pairs, another model's size or other pairs to draw from are another case.
+        count = max(case["pairs"], (1 + context.rounds_of(case)) * case["pairs_per_step"])
+        case = case | {"pairs": count}
+        if context.data:
+            case |= {"model": Path(context.model).stem, "lengths": Path(context.data).stem, "pairs": "all"}
         answers = {p.name: dict(verified[p.name, (case["mode"],)]) for p in context.providers(workload)}
         for provider in context.providers(workload):
             if red and provider.role == "ours":
                 answers[provider.name] = {"status": "wrong", "note": f"tests failed: {red}"}
         turns: dict[str, list[Answer]] = {}
-        count = max(PAIRS, 2 * (1 + context.rounds_of(case)) * case["pairs_per_step"])
-        if not context.data:
-            case = case | {"pairs": count}  # to draw from: among others the same round has other pairs
         try:
             if context.left() > RESERVE_SECONDS:
                 with inputs_of(case, context.model, context.data, count) as (model, data):
                     take_turns(case, context, answers, turns, model, data)
         except Exception as error:
-            answers |= broken_off(error, answers)
+            answers |= broken_off(error, answers, turns)
             raise
         finally:  # an interrupt keeps the rounds that are complete
             context.keep(as_rows(workload, case, context, answers, turns))
