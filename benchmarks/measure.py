@@ -17,6 +17,11 @@ from typing import Any, TextIO
 TIMED = {"GOMP_SPINCOUNT": "300000"}
 
 
+def first_line(error: Exception) -> str:
+    """Its type and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def worker_environment() -> dict[str, str]:
     # Threads that wait give their core away: beside other processes spinning ones slow a run by several times.
     calm = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.environment import commit, processor, versions
-from benchmarks.measure import TIMED, Worker, available_bytes
+from benchmarks.measure import TIMED, Worker, available_bytes, first_line
 from benchmarks.registry import Case, Provider, Workload, task_module
 from benchmarks.rows import Row
 
@@ -144,7 +144,7 @@ NOT_RUN = {"status": "not run", "note": "the run ended before its turn"}
 
 def failure(error: Exception) -> Answer:
     """Of ours: no provider is at fault."""
-    return {"status": "failed", "note": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return {"status": "failed", "note": first_line(error)}
 
 
 def broken_off(error: Exception, answers: dict[str, Answer], turns: Mapping[str, Sequence[Any]]) -> dict[str, Answer]:

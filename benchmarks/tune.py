@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import first_line
 from benchmarks.registry import Case, task_module
 from benchmarks.rows import quantile
 from benchmarks.worker import timed
@@ -163,7 +164,7 @@ def tune(name: str, device: str, dtype: str, rounds: int, limit: int | None, lef
                     errors = module.errors(kernel.provider, case)
                     timed(task)  # compiles
                 except Exception as error:  # it does not fit the device, or does not compile
-                    refused[config] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+                    refused[config] = first_line(error)[:100]
                     continue
             if all(error <= module.tolerance(case) for error in errors.values()):
                 seconds[config] = []

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 import torch
 
-from benchmarks.measure import PeakMemory, results_alone, volunteer
+from benchmarks.measure import PeakMemory, first_line, results_alone, volunteer
 from benchmarks.registry import Task, task_module
 
 TURN_SECONDS, TURN_CALLS = 0.3, 10  # short calls are repeated within a turn: until this long, at most this many
@@ -135,7 +135,7 @@ def give_back() -> None:
 
 def what_failed(error: Exception) -> dict[str, str]:
     """Status and note of an exception that a provider raised."""
-    told = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    told = first_line(error)[:300]
     if isinstance(error, ImportError):
         return {"status": "absent", "note": told}
     memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
