@@ -172,13 +172,13 @@ struct Sweep {
   }
 };
 
-// -> logp (R,), row (3, R): ref, f and q, dX / g (R, D), E in the memory of dW (V, D), more of E (V * extra_rows,).
+// -> logp (R,), row (3, R): ref, f and q, dX / g (R, D). Keeps E in `kept` (V, D), the memory of dW, unless null, and
+// more of E in `extra` (V * extra_rows,).
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Head<T> h, bool need_hidden, bool keep, int64_t extra_rows) {
+std::tuple<Tensor, Tensor, Tensor> forward(Head<T> h, bool need_hidden, T* kept, T* extra, int64_t extra_rows) {
   const auto options = h.hidden.options().dtype(at::kFloat);
   const Tensor logp = at::empty({h.R}, options), row = at::empty({3, h.R}, options);
   const Tensor d_hidden = at::empty({need_hidden ? h.R : 0, h.D}, options);
-  const Tensor kept = at::empty({keep ? h.V : 0, h.D}, h.weight.options()), extra = buffer<T>(h.V * extra_rows);
   std::vector<std::pair<double, double>> hit(h.R);
   at::parallel_for(0, h.R, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
@@ -192,8 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Head<T> h, bool need_
   std::vector<int64_t> blocks(h.row_blocks);
   std::iota(blocks.begin(), blocks.end(), 0);
   const auto run = [&] {
-    T* dw = keep ? kept.data_ptr<T>() : nullptr;
-    Sweep<T>{h, blocks, sum.data(), top.data(), dw, extra.data_ptr<T>(), extra_rows, dx}.run();
+    Sweep<T>{h, blocks, sum.data(), top.data(), kept, extra, extra_rows, dx}.run();
   };
   run();
   blocks.clear();  // those with a row whose reference was too low
@@ -217,13 +216,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Head<T> h, bool need_
       }
     }
   });
-  return {logp, row, d_hidden, kept, extra};
+  return {logp, row, d_hidden};
 }
 
-// dW (V, D), unless null, which may lie over `kept`, null too if nothing was; -> dbias (V,) or empty.
+// What becomes of dW: rounded into `dw` (V, D), which may lie over `kept`, with `sums` (V, D) added to it, unless null;
+// or without a dw written into sums, or added to them. All null: nobody wants it.
 template <typename T>
-Tensor backward(Head<T> h, const float* grad, const float* row, T* dw, T* kept, T* extra, int64_t extra_rows,
-                bool need_bias) {
+struct Destination {
+  T* dw;
+  float* sums;
+  bool add;
+
+  bool wanted() const { return dw || sums; }
+  void take(float* acc, int64_t at, int64_t n) const {
+    if (!dw) {
+      if (add) {
+        add_to(acc, n, sums + at);
+      } else {
+        std::copy_n(acc, n, sums + at);
+      }
+      return;
+    }
+    if (sums) add_to(sums + at, n, acc);
+    round_to(acc, n, dw + at);
+  }
+};
+
+// `kept` is null if nothing was; -> dbias (V,) or empty.
+template <typename T>
+Tensor backward(Head<T> h, const float* grad, const float* row, Destination<T> to, T* kept, T* extra,
+                int64_t extra_rows, bool need_bias) {
+  const bool dw = to.wanted();
   const float *ref = row, *f = ref + h.R, *q = f + h.R;
   std::copy_n(ref, h.R, h.ref.begin());
   std::vector<float> factor(h.padded_rows, 0.f);  // of E
@@ -287,7 +310,7 @@ Tensor backward(Head<T> h, const float* grad, const float* row, T* dw, T* kept, 
         db[v] += own;
         for (int64_t d = 0; dw && d < h.D; d++) acc[v * h.ld + d] += own * static_cast<float>(h.x[*hit * h.D + d]);
       }
-      for (int64_t v = 0; dw && v < tokens; v++) round_to(acc + v * h.ld, h.D, dw + (first + v) * h.D);
+      for (int64_t v = 0; dw && v < tokens; v++) to.take(acc + v * h.ld, (first + v) * h.D, h.D);
       if (need_bias) std::copy_n(db.begin(), tokens, d_bias.data_ptr<float>() + first);
     }
     h.products_done();
@@ -314,36 +337,61 @@ void check(const Tensor& hidden, const Tensor& weight, const Tensor& target, con
               high.item<int64_t>(), ", outside the vocabulary 0..", vocabulary - 1);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_op(
-    const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-    std::optional<double> softcap, std::optional<double> scale, bool need_hidden, bool need_weight, int64_t extra_rows,
-    bool /*overwrite: for the backward of autograd*/) {
-  check(hidden, weight, target, bias, extra_rows);
-  if (hidden.scalar_type() == at::kFloat) {
-    return forward(Head<float>(hidden, weight, target, bias, softcap, scale), need_hidden, need_weight, extra_rows);
-  }
-  return forward(Head<BFloat16>(hidden, weight, target, bias, softcap, scale), need_hidden, need_weight, extra_rows);
-}
-
-Tensor backward_into(const Tensor& dw, const Tensor& grad, const Tensor& row, const Tensor& kept, const Tensor& extra,
-                     const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-                     std::optional<double> softcap, std::optional<double> scale, bool need_bias) {
-  const int64_t rows = hidden.size(0), extra_rows = weight.size(0) ? extra.numel() / weight.size(0) : 0;
-  check(hidden, weight, target, bias, extra_rows);
-  TORCH_CHECK(grad.dim() == 1 && grad.size(0) == rows && grad.scalar_type() == at::kFloat, "grad must be (", rows,
-              ",) float32");
-  TORCH_CHECK(row.numel() == 3 * rows && row.is_contiguous() && row.scalar_type() == at::kFloat, "row must be (3, ",
-              rows, ") float32");
-  for (const Tensor& t : {kept, extra, dw}) {
+void check_kept(const Tensor& hidden, const Tensor& weight, std::initializer_list<Tensor> tensors) {
+  for (const Tensor& t : tensors) {
     TORCH_CHECK(t.scalar_type() == hidden.scalar_type() && t.is_contiguous() &&
                     (t.dim() == 1 || !t.numel() || t.sizes() == weight.sizes()),
                 "kept and extra must be what forward returned");
   }
+}
+
+int64_t rows_of_extra(const Tensor& extra, const Tensor& weight) {
+  return weight.size(0) ? extra.numel() / weight.size(0) : 0;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_into(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                                                const OptionalTensor& bias, std::optional<double> softcap,
+                                                std::optional<double> scale, bool need_hidden, const Tensor& kept,
+                                                const Tensor& extra) {
+  const int64_t extra_rows = rows_of_extra(extra, weight);
+  check(hidden, weight, target, bias, extra_rows);
+  check_kept(hidden, weight, {kept, extra});
+  const auto run = [&]<typename T>(const Head<T>& head) {
+    return forward(head, need_hidden, kept.numel() ? kept.data_ptr<T>() : nullptr, extra.data_ptr<T>(), extra_rows);
+  };
+  if (hidden.scalar_type() == at::kFloat) return run(Head<float>(hidden, weight, target, bias, softcap, scale));
+  return run(Head<BFloat16>(hidden, weight, target, bias, softcap, scale));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_op(
+    const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+    std::optional<double> softcap, std::optional<double> scale, bool need_hidden, bool need_weight, int64_t extra_rows,
+    bool /*overwrite: for the backward of autograd*/) {
+  const Tensor kept = at::empty({need_weight ? weight.size(0) : 0, weight.size(1)}, weight.options());
+  const Tensor extra = at::empty({weight.size(0) * extra_rows}, weight.options());
+  const auto [logp, row, d_hidden] =
+      forward_into(hidden, weight, target, bias, softcap, scale, need_hidden, kept, extra);
+  return {logp, row, d_hidden, kept, extra};
+}
+
+Tensor backward_into(const Tensor& dw, const OptionalTensor& sums, bool add, const Tensor& grad, const Tensor& row,
+                     const Tensor& kept, const Tensor& extra, const Tensor& hidden, const Tensor& weight,
+                     const Tensor& target, const OptionalTensor& bias, std::optional<double> softcap,
+                     std::optional<double> scale, bool need_bias) {
+  const int64_t rows = hidden.size(0), extra_rows = rows_of_extra(extra, weight);
+  check(hidden, weight, target, bias, extra_rows);
+  TORCH_CHECK(!sums || (sums->sizes() == weight.sizes() && sums->scalar_type() == at::kFloat && sums->is_contiguous()),
+              "sums must be float32 of the shape of weight");
+  TORCH_CHECK(grad.dim() == 1 && grad.size(0) == rows && grad.scalar_type() == at::kFloat, "grad must be (", rows,
+              ",) float32");
+  TORCH_CHECK(row.numel() == 3 * rows && row.is_contiguous() && row.scalar_type() == at::kFloat, "row must be (3, ",
+              rows, ") float32");
+  check_kept(hidden, weight, {kept, extra, dw});
   const Tensor g = grad.contiguous();
   const auto run = [&]<typename T>(const Head<T>& head) {
-    return backward(head, g.const_data_ptr<float>(), row.const_data_ptr<float>(),
-                    dw.numel() ? dw.data_ptr<T>() : nullptr, kept.numel() ? kept.data_ptr<T>() : nullptr,
-                    extra.data_ptr<T>(), extra_rows, need_bias);
+    const Destination<T> to{dw.numel() ? dw.data_ptr<T>() : nullptr, sums ? sums->data_ptr<float>() : nullptr, add};
+    return backward(head, g.const_data_ptr<float>(), row.const_data_ptr<float>(), to,
+                    kept.numel() ? kept.data_ptr<T>() : nullptr, extra.data_ptr<T>(), extra_rows, need_bias);
   };
   if (hidden.scalar_type() == at::kFloat) return run(Head<float>(hidden, weight, target, bias, softcap, scale));
   return run(Head<BFloat16>(hidden, weight, target, bias, softcap, scale));
@@ -354,15 +402,26 @@ std::tuple<Tensor, Tensor> backward_op(
     const Tensor& weight, const Tensor& target, const OptionalTensor& bias, std::optional<double> softcap,
     std::optional<double> scale, bool need_weight, bool need_bias) {
   const Tensor dw = at::empty({need_weight ? weight.size(0) : 0, weight.size(1)}, weight.options());
-  const Tensor db = backward_into(dw, grad, row, kept, extra, hidden, weight, target, bias, softcap, scale, need_bias);
+  const Tensor db = backward_into(dw, std::nullopt, false, grad, row, kept, extra, hidden, weight, target, bias,
+                                  softcap, scale, need_bias);
   return {dw, db};
 }
 
 Tensor backward_in_place_op(
     const Tensor& grad, const Tensor& row, const Tensor& kept, const Tensor& extra, const Tensor& hidden,
     const Tensor& weight, const Tensor& target, const OptionalTensor& bias, std::optional<double> softcap,
-    std::optional<double> scale, bool need_bias) {
-  return backward_into(kept, grad, row, kept, extra, hidden, weight, target, bias, softcap, scale, need_bias);
+    std::optional<double> scale, const OptionalTensor& sums, bool need_bias) {
+  return backward_into(kept, sums, false, grad, row, kept, extra, hidden, weight, target, bias, softcap, scale,
+                       need_bias);
+}
+
+Tensor backward_to_sums_op(
+    const Tensor& grad, const Tensor& row, const Tensor& kept, const Tensor& extra, const Tensor& hidden,
+    const Tensor& weight, const Tensor& target, const OptionalTensor& bias, std::optional<double> softcap,
+    std::optional<double> scale, const Tensor& sums, bool add, bool need_bias) {
+  const Tensor no_dw = at::empty({0, weight.size(1)}, weight.options());
+  return backward_into(no_dw, sums, add, grad, row, kept, extra, hidden, weight, target, bias, softcap, scale,
+                       need_bias);
 }
 
 TORCH_LIBRARY(stepdpo_kernels, m) {
@@ -370,19 +429,28 @@ TORCH_LIBRARY(stepdpo_kernels, m) {
       "linear_logprob_forward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float? softcap, "
       "float? logit_scale, bool need_hidden, bool need_weight, int extra_rows, bool overwrite) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(  // keeps E in memory that is there already
+      "linear_logprob_forward_(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float? softcap, "
+      "float? logit_scale, bool need_hidden, Tensor(a!) kept, Tensor(b!) extra) -> (Tensor, Tensor, Tensor)");
   m.def(
       "linear_logprob_backward(Tensor grad, Tensor row, Tensor kept, Tensor extra, Tensor hidden, Tensor weight, "
       "Tensor target, Tensor? bias, float? softcap, float? logit_scale, bool need_weight, bool need_bias) "
       "-> (Tensor, Tensor)");
-  m.def(  // leaves dW in `kept`
+  m.def(  // leaves dW, with sums added to it, in `kept`
       "linear_logprob_backward_(Tensor grad, Tensor row, Tensor(a!) kept, Tensor extra, Tensor hidden, Tensor weight, "
-      "Tensor target, Tensor? bias, float? softcap, float? logit_scale, bool need_bias) -> Tensor");
+      "Tensor target, Tensor? bias, float? softcap, float? logit_scale, Tensor? sums, bool need_bias) -> Tensor");
+  m.def(  // writes dW into `sums`, or adds it to them
+      "linear_logprob_backward_to_sums_(Tensor grad, Tensor row, Tensor kept, Tensor extra, Tensor hidden, "
+      "Tensor weight, Tensor target, Tensor? bias, float? softcap, float? logit_scale, Tensor(a!) sums, bool add, "
+      "bool need_bias) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(stepdpo_kernels, CPU, m) {
   m.impl("linear_logprob_forward", &forward_op);
+  m.impl("linear_logprob_forward_", &forward_into);
   m.impl("linear_logprob_backward", &backward_op);
   m.impl("linear_logprob_backward_", &backward_in_place_op);
+  m.impl("linear_logprob_backward_to_sums_", &backward_to_sums_op);
 }
 
 }  // namespace

@@ -185,6 +185,8 @@ class PackedBatch:
     weights:        (P,) float32
     pair_index:     (P,) int64: where each pair stood in the list that was packed
     pair_ids:       the pairs' ids, for messages
+    group_ends:     after how many rows a group of them ends that shares no pair with others, the last one R; empty
+                    where that is not known
     tokens_unshared:  tokens that the same pairs take when every branch is encoded on its own
 
     The last token of a branch predicts nothing, so it is a target and not a node.
@@ -201,6 +203,7 @@ class PackedBatch:
     weights: Tensor
     pair_index: Tensor
     pair_ids: Sequence[str] = field(default_factory=tuple)
+    group_ends: Sequence[int] = field(default_factory=tuple)
     tokens_unshared: int = 0
 
     @property

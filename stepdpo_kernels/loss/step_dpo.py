@@ -8,8 +8,8 @@ What other types of loss make of h stands in pair_losses.py beside this file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from stepdpo_kernels.loss.pair_losses import (
     pair_losses,
     per_token,
 )
-from stepdpo_kernels.ops.linear_logprob import linear_logprob
+from stepdpo_kernels.ops.linear_logprob import Ends, grouped_logprob, linear_loss
 from stepdpo_kernels.ops.pair_loss import PairLoss, pair_loss
 from stepdpo_kernels.ops.ragged import gather_rows, sum_rows
 from stepdpo_kernels.types import PackedBatch
@@ -135,11 +135,15 @@ class StepDPOLoss(nn.Module):
             raise ValueError(
                 f"hidden must be (2P, L, D) and labels (2P, L), got {tuple(hidden.shape)} and {tuple(labels.shape)}"
             )
-        pairs = labels.shape[0] // 2
-        self._check(pairs, ref_logps, weights=weights, betas=betas, offsets=offsets)
-        logps, lengths = self._padded_logps(hidden, weight, labels, bias, token_weights)
-        result = self._mixed(None, logps, lengths, self._references(ref_logps), weights, betas, offsets)
-        return self._output(result, lengths, weights, num_pairs)
+        self._check(labels.shape[0] // 2, ref_logps, weights=weights, betas=betas, offsets=offsets)
+        branches = _Branches(labels, token_weights)
+
+        def output_of(token_logps: Tensor) -> StepDPOOutput:
+            logps, refs = branches.sums(token_logps), self._references(ref_logps)
+            result = self._mixed(None, logps, branches.lengths, refs, weights, betas, offsets)
+            return self._output(result, branches.lengths, weights, num_pairs)
+
+        return self._through_head(branches.rows_of(hidden), weight, branches.targets, branches.ends, bias, output_of)
 
     def logps(
         self,
@@ -154,21 +158,9 @@ class StepDPOLoss(nn.Module):
 
         Arguments as in `forward`; differentiable.
         """
-        return self._padded_logps(hidden, weight, labels, bias, token_weights)[0]
-
-    def _padded_logps(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, token_weights: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(2P,) log-probs and (2P,) lengths of the branches, weighted alike."""
-        keep = labels != -100
-        token_logps = self._token_logps(hidden[keep], weight, labels[keep], bias)  # (R,)
-        lengths = keep.sum(dim=1)  # (2P,)
-        if token_weights is not None:
-            factors = _token_weights(token_weights, labels.shape)
-            token_logps = token_logps * factors[keep].to(token_logps.dtype)
-            lengths = factors.masked_fill(~keep, 0).sum(dim=1, dtype=torch.float64)
-        table = token_logps.new_zeros(labels.shape).masked_scatter(keep, token_logps)  # (2P, L)
-        return table.sum(dim=1, dtype=torch.float64).to(table.dtype), lengths
+        branches = _Branches(labels, token_weights)
+        rows, ends = branches.rows_of(hidden), branches.ends
+        return branches.sums(grouped_logprob(rows, weight, branches.targets, ends, bias=bias, **self._head_options()))
 
     def packed(
         self,
@@ -198,22 +190,28 @@ class StepDPOLoss(nn.Module):
         if hidden.ndim != 2 or hidden.shape[0] != batch.num_tokens:
             raise ValueError(f"hidden must be ({batch.num_tokens}, D), got {tuple(hidden.shape)}")
         self._check(batch.num_pairs, ref_logps, betas=betas, offsets=offsets)
-        token_logps = self._packed_token_logps(hidden, weight, batch, bias, token_weights)
+        factors = None if token_weights is None else _token_weights(token_weights, batch.targets.shape)
         refs, pairs = self._references(ref_logps), (batch.branches, batch.chosen, batch.rejected)
         lengths = None
         if self.rpo_alpha or any(kind in (*LENGTH_NORMALISED, "sft") for kind in self.mixture):
             lengths = batch.branches.lengths  # (S,)
-            if token_weights is not None:
-                lengths = sum_rows(token_weights.detach().double(), batch.branches)
+            if factors is not None:
+                lengths = sum_rows(factors.double(), batch.branches)
             lengths = torch.cat([lengths[batch.chosen], lengths[batch.rejected]])
-        first = None
-        if next(iter(self.mixture)) == "sigmoid" and betas is None and offsets is None:
-            first = pair_loss(
-                token_logps, *pairs, refs, batch.weights, beta=self.beta, label_smoothing=self.label_smoothing
-            )
-        logps = pair_loss(token_logps, *pairs).logps if first is None else first.logps
-        result = self._mixed(first, logps, lengths, refs, batch.weights, betas, offsets)
-        return self._output(result, lengths, batch.weights, num_pairs)
+
+        def output_of(token_logps: Tensor) -> StepDPOOutput:
+            token_logps = _weighted(token_logps, factors)
+            first = None
+            if next(iter(self.mixture)) == "sigmoid" and betas is None and offsets is None:
+                first = pair_loss(
+                    token_logps, *pairs, refs, batch.weights, beta=self.beta, label_smoothing=self.label_smoothing
+                )
+            logps = pair_loss(token_logps, *pairs).logps if first is None else first.logps
+            result = self._mixed(first, logps, lengths, refs, batch.weights, betas, offsets)
+            return self._output(result, lengths, batch.weights, num_pairs)
+
+        rows = gather_rows(hidden, batch.rows)
+        return self._through_head(rows, weight, batch.targets, batch.group_ends, bias, output_of)
 
     def packed_logps(
         self,
@@ -225,27 +223,31 @@ class StepDPOLoss(nn.Module):
         token_weights: Tensor | None = None,
     ) -> Tensor:  # (2P,)
         """Branch log-probs of a packed forest, chosen first, then rejected: what a reference contributes."""
-        token_logps = self._packed_token_logps(hidden, weight, batch, bias, token_weights)
-        return pair_loss(token_logps, batch.branches, batch.chosen, batch.rejected).logps
+        rows, ends = gather_rows(hidden, batch.rows), batch.group_ends
+        token_logps = grouped_logprob(rows, weight, batch.targets, ends, bias=bias, **self._head_options())
+        factors = None if token_weights is None else _token_weights(token_weights, batch.targets.shape)
+        return pair_loss(_weighted(token_logps, factors), batch.branches, batch.chosen, batch.rejected).logps
 
-    def _packed_token_logps(
-        self, hidden: Tensor, weight: Tensor, batch: PackedBatch, bias: Tensor | None, token_weights: Tensor | None
-    ) -> Tensor:  # (R,)
-        token_logps = self._token_logps(gather_rows(hidden, batch.rows), weight, batch.targets, bias)
-        if token_weights is None:
-            return token_logps
-        return token_logps * _token_weights(token_weights, batch.targets.shape).to(token_logps.dtype)
+    def _through_head(
+        self,
+        rows: Tensor,  # (R, D)
+        weight: Tensor,  # (V, D)
+        targets: Tensor,  # (R,)
+        ends: Ends,
+        bias: Tensor | None,
+        output_of: Callable[[Tensor], StepDPOOutput],
+    ) -> StepDPOOutput:
+        """`output_of` the rows' log-probs (R,), of which a pair has those between two of `ends`."""
 
-    def _token_logps(self, rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
-        return linear_logprob(
-            rows,
-            weight,
-            targets,
-            bias=bias,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            impl=self.impl,
-        )
+        def loss_of(token_logps: Tensor) -> tuple[Tensor, StepDPOOutput]:
+            output = output_of(token_logps)
+            return output.loss, output
+
+        loss, output = linear_loss(rows, weight, targets, ends, loss_of, bias=bias, **self._head_options())
+        return output._replace(loss=loss)
+
+    def _head_options(self) -> dict[str, Any]:
+        return {"softcap": self.softcap, "logit_scale": self.logit_scale, "impl": self.impl}
 
     def _check(self, pairs: int, ref_logps: Tensor | None, **per_pair: Tensor | None) -> None:
         if ref_logps is not None and not self._has_reference:
@@ -363,6 +365,50 @@ class StepDPOLoss(nn.Module):
         if self.rpo_alpha:
             shown += f", rpo_alpha={self.rpo_alpha}"
         return shown if self.simpo_gamma is None else f"{shown}, simpo_gamma={self.simpo_gamma}"
+
+
+class _Branches:
+    """The labelled tokens of padded branches as R rows, pair after pair: a pair's chosen branch, then its rejected one.
+
+    targets:  (R,)
+    lengths:  (2P,) of the branches, chosen first, weighted as their tokens are
+    """
+
+    def __init__(self, labels: Tensor, token_weights: Tensor | None) -> None:
+        self._shape = labels.shape  # (2P, L)
+        labels = self._by_pair(labels)  # (P, 2, L)
+        self._keep = labels != -100
+        self.targets = labels[self._keep]
+        counts = self._keep.sum(dim=2)  # (P, 2)
+        self._rows_of_pair = counts.sum(dim=1)  # (P,)
+        self._factors = None
+        if token_weights is not None:
+            factors = self._by_pair(_token_weights(token_weights, self._shape))
+            counts = factors.masked_fill(~self._keep, 0).sum(dim=2, dtype=torch.float64)
+            self._factors = factors[self._keep]
+        self.lengths = counts.T.flatten()
+
+    def _by_pair(self, values: Tensor) -> Tensor:
+        """(2P, L, ...), the chosen first, as (P, 2, L, ...), without a copy."""
+        return values.unflatten(0, (2, -1) if values.shape[0] else (2, 0)).transpose(0, 1)
+
+    def ends(self) -> list[int]:
+        """After how many rows each pair ends."""
+        ends: list[int] = self._rows_of_pair.cumsum(dim=0).tolist()
+        return ends
+
+    def rows_of(self, hidden: Tensor) -> Tensor:  # (2P, L, D) -> (R, D)
+        return self._by_pair(hidden)[self._keep]
+
+    def sums(self, token_logps: Tensor) -> Tensor:  # (R,) -> (2P,)
+        """Log-probs of the branches, chosen first."""
+        token_logps = _weighted(token_logps, self._factors)
+        table = token_logps.new_zeros(self._keep.shape).masked_scatter(self._keep, token_logps)
+        return table.sum(dim=2, dtype=torch.float64).to(table.dtype).T.flatten()
+
+
+def _weighted(token_logps: Tensor, factors: Tensor | None) -> Tensor:
+    return token_logps if factors is None else token_logps * factors.to(token_logps.dtype)
 
 
 def _token_weights(values: Tensor, shape: torch.Size) -> Tensor:

@@ -74,6 +74,7 @@ def build_batch(
         weights=torch.tensor([pair.weight for pair in mine], dtype=torch.float32),
         pair_index=int64(np.array(indices)),
         pair_ids=tuple(pair.id for pair in mine),
+        group_ends=group_ends(first.reshape(-1, 2), last.reshape(-1, 2), edges.size),
         tokens_unshared=int(prefixes.sum() + lengths.sum()),
     )
 
@@ -84,6 +85,19 @@ def loss_rows(sources: Ints, tokens: TokenIds) -> tuple[Ints, Ints]:
     An edge holds its position in the upper 32 bits and its token in the lower.
     """
     return np.unique(sources << 32 | tokens, return_inverse=True)
+
+
+def group_ends(first: Ints, last: Ints, rows: int) -> tuple[int, ...]:
+    """After how many rows a group of them ends, of which every pair has all its rows or none.
+
+    first, last: (P, 2) rows of each branch, between which its other rows lie; -1 for an empty one
+    """
+    begins = np.where(first < 0, rows, first).min(1, initial=rows)
+    ends = last.max(1, initial=-1) + 1
+    order = np.argsort(begins, kind="stable")
+    furthest = np.maximum.accumulate(ends[order])  # rows that the pairs so far reach
+    following = np.append(begins[order][1:], rows)
+    return tuple(np.unique(furthest[(furthest <= following) & (furthest > 0)]).tolist())
 
 
 def one_column(index: Ints, columns: int) -> Ragged:

@@ -13,7 +13,8 @@ What is counted, in bytes, with W processes, and where the formulas come from:
     activations           what the layers of transformers' Llama save for backward, counted below; with checkpointing
                           a layer's input for each layer, and one layer in full (Chen et al. 2016, arXiv 1604.06174)
     head                  the logits of 1,024 rows in float32; of a trained head also the probabilities that are kept
-                          and its gradient (stepdpo_kernels/ops/linear_logprob/README.md)
+                          and its gradient, with many rows also in float32
+                          (stepdpo_kernels/ops/linear_logprob/README.md)
 
 Not counted: the device's own context, buffers of communication, and fragmentation.
 """
@@ -251,7 +252,10 @@ def _head(sizes: ModelSizes, rows: int, width: int, sharded: bool) -> int:
     sums = 4 * rows * sizes.hidden
     if not sizes.head_trained:
         return logits + sums
-    kept = 2 * min(rows, 2 * sizes.hidden) * sizes.vocabulary
+    most = max(2 * sizes.hidden, 4 * CHUNK_ROWS)
+    kept = 2 * min(rows, most) * sizes.vocabulary
+    if rows > most:  # gradients are taken in forward, group by group, into a float32 sum
+        kept += 4 * sizes.vocabulary * sizes.hidden
     # The head's gradient beside the sum so far; under FSDP and ZeRO-3 it is among what is gathered.
     gradient = 0 if sharded else (width + (sizes.full if sizes.full != width else 0)) * sizes.vocabulary * sizes.hidden
     return logits + sums + kept + gradient

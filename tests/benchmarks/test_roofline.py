@@ -21,8 +21,9 @@ def test_sizes_are_those_of_the_implementations() -> None:
     assert roofline.Q_BYTES == triton_kernel.Q_BYTES
     assert roofline.SUM_ROWS == triton_kernel.SUM_ROWS
     assert roofline.MIN_COLUMNS == triton_kernel.MIN_COLUMNS == triton_chunked.MIN_COLUMNS
-    for rows, size in ((1024, 3584), (16_384, 3584)):
-        assert roofline.kept_rows(rows, size) == triton_chunked.kept_rows(rows, size, torch.bfloat16)
+    for rows, size in ((1024, 3584), (16_384, 3584), (16_384, 896)):
+        weight = torch.empty(9, size, dtype=torch.bfloat16)
+        assert roofline.kept_rows(rows, size) == triton_chunked.kept_rows(rows, weight)
 
 
 def test_a_full_backward_of_kept_rows_is_three_products() -> None:

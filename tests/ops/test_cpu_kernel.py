@@ -255,7 +255,11 @@ def test_opcheck(dtype: torch.dtype) -> None:
     _, row, _, kept, extra = ops.linear_logprob_forward(hidden, *problem, True, True, 0, False)
     saved = (upstream, row, kept, extra, hidden, *problem)
     torch.library.opcheck(ops.linear_logprob_backward.default, (*saved, True, True))
-    torch.library.opcheck(ops.linear_logprob_backward_.default, (*saved, True))
+    torch.library.opcheck(ops.linear_logprob_backward_.default, (*saved, None, True))
+    sums = torch.ones(300, 160)
+    torch.library.opcheck(ops.linear_logprob_backward_.default, (*saved, sums, True))
+    torch.library.opcheck(ops.linear_logprob_backward_to_sums_.default, (*saved, sums, True, True))
+    torch.library.opcheck(ops.linear_logprob_forward_.default, (hidden, *problem, True, kept, extra))
 
 
 @built

@@ -77,13 +77,15 @@ def test_over_many_chunks(impl: str, size: int, options: dict[str, Any], dtype: 
 @pytest.mark.parametrize(("rows", "size", "dtype", "kept"), [
     (1000, 896, torch.bfloat16, 1000),
     (1000, 896, torch.float32, 500),
-    (8192, 896, torch.bfloat16, 1792),
-    (8192, 896, torch.float32, 896),
+    (8192, 896, torch.bfloat16, 4096),
+    (8192, 896, torch.float32, 2048),
+    (9000, 4096, torch.bfloat16, 8192),
+    (9000, 4096, torch.float32, 4096),
     (1, 8, torch.float32, 0),
 ])  # fmt: skip
 def test_what_is_kept_fits_its_bound(rows: int, size: int, dtype: torch.dtype, kept: int) -> None:
-    assert triton_chunked.kept_rows(rows, size, dtype) == kept
-    assert kept * dtype.itemsize <= 2 * min(rows, 2 * size)
+    assert triton_chunked.kept_rows(rows, torch.empty(9, size, dtype=dtype)) == kept
+    assert kept * dtype.itemsize <= 2 * min(rows, max(2 * size, 4 * triton_chunked.CHUNK_ROWS))
 
 
 def test_rows_of_a_chunk_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

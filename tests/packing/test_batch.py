@@ -262,3 +262,23 @@ def test_nested_groups_are_what_the_other_tests_need() -> None:
     assert batch.rejected[0] == batch.rejected[1]
     assert (batch.branches.lengths == 0).sum() == 1
     assert batch.branches.lengths.numel() == 14
+
+
+@_settings
+@given(step_pairs(), _share)
+def test_groups_of_rows_share_no_pair_and_are_as_small_as_can_be(pairs: list[StepPair], share: str) -> None:
+    batch = build_batch(pairs, range(len(pairs)), share)
+    cuts = np.append(0, batch.branches.lengths.cumsum(0).numpy())
+    index = batch.branches.index.numpy()
+    rows = [set(index[cuts[s] : cuts[s + 1]].tolist()) for s in range(len(cuts) - 1)]
+    of_pair = [rows[c] | rows[r] for c, r in zip(batch.chosen.tolist(), batch.rejected.tolist(), strict=True)]
+    uncut = [end for end in range(1, batch.num_rows + 1) if all(max(p) < end or min(p) >= end for p in of_pair if p)]
+    assert list(batch.group_ends) == uncut
+    assert all(type(end) is int for end in batch.group_ends)
+
+
+def test_the_groups_of_a_problem_are_its_pairs() -> None:
+    pairs = [make_pair([9, p], [1, 2], [3, 4, 5]) for p in range(3)]
+    assert build_batch(pairs, range(3), "tree").group_ends == (5, 10, 15)
+    assert build_batch(pairs, range(3), "none").group_ends == (5, 10, 15)
+    assert build_batch([], [], "tree").group_ends == ()

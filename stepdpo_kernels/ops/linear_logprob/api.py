@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from torch import Tensor
 from stepdpo_kernels import _dispatch
 from stepdpo_kernels.ops.checks import check_below
 from stepdpo_kernels.ops.linear_logprob import chunked, cpu_kernel, parallel, reference
+from stepdpo_kernels.ops.linear_logprob.in_forward import Ends, LossInForward, by_groups, join_groups
+
+_T = TypeVar("_T")
 
 
 def linear_logprob(
@@ -52,25 +56,141 @@ def linear_logprob(
             device-side assertion, to spare a synchronisation; under torch.compile a RuntimeError), or an `impl`
             that cannot take the inputs.
     """
+    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+    problem = _prepared(hidden, weight, target, options, group, vocab_start, impl)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return problem.run(problem.hidden, problem.weight, target, **problem.options)
+
+
+def linear_loss(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (R,) int64
+    ends: Ends,
+    loss_of: Callable[[Tensor], tuple[Tensor, _T]],
+    *,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, _T]:
+    """`loss_of(linear_logprob(...))` for a loss that falls apart into groups of rows, in three products for any R.
+
+    Where there are more rows than the implementation keeps what backward needs of, the gradients are taken in forward,
+    group by group (in_forward.py); otherwise as autograd has it.
+
+    Args:
+        hidden, weight, target, bias, softcap, logit_scale, impl: as for `linear_logprob`.
+        ends: rising numbers of rows after which a group ends, the last of them R, or a function that gives them: the
+            gradient of the loss in the log-probs of a group's rows must depend on these alone. Empty: all rows are one.
+        loss_of: log-probs (R,) -> (scalar loss, anything else, without a gradient). It may be called several times,
+            also with log-probs of 0 in all groups but one.
+
+    Returns:
+        (loss, anything else) of all log-probs; the loss is differentiable in hidden, weight and bias.
+
+    Raises:
+        ValueError: as `linear_logprob`.
+    """
+    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+    problem = _prepared(hidden, weight, target, options, None, None, impl)
+    edges = _edges(problem, ends)
+    with torch.autocast(hidden.device.type, enabled=False):
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if edges is None or not (trained and torch.is_grad_enabled()):
+            return loss_of(_logprob(problem, target, edges))
+        run = _IN_FORWARD[problem.name]().loss_gradients
+        arguments = (target, softcap, logit_scale, edges, lambda logp: loss_of(logp)[0], run, problem.run)
+        loss, logp = LossInForward.apply(problem.hidden, problem.weight, problem.options["bias"], *arguments)
+        return loss, loss_of(logp)[1]
+
+
+def grouped_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ends: Ends,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:  # (R,)
+    """`linear_logprob` by the very products that `linear_loss` takes for these rows and ends: for its reference."""
+    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+    problem = _prepared(hidden, weight, target, options, None, None, impl)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _logprob(problem, target, _edges(problem, ends))
+
+
+class _Problem(NamedTuple):
+    """What an implementation takes, and which one."""
+
+    hidden: Tensor
+    weight: Tensor
+    options: dict[str, Any]
+    name: str
+    sharded: bool
+    run: Callable[..., Tensor]
+
+
+def _prepared(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    options: dict[str, Any],
+    group: dist.ProcessGroup | None,
+    vocab_start: int | None,
+    impl: str,
+) -> _Problem:
+    """Checked, in the dtype of autocast, with the implementation chosen."""
+    bias = options["bias"]
     if parallel.is_distributed(weight):
         hidden, weight, bias, group, vocab_start = parallel.localize(hidden, weight, bias)
     if (group is None) != (vocab_start is None):
         raise ValueError("group and vocab_start go together: the processes, and where this one's rows begin")
-    _check(hidden, weight, target, bias, softcap, logit_scale, sharded=group is not None)
+    sharded = group is not None
+    _check(hidden, weight, target, bias, options["softcap"], options["logit_scale"], sharded=sharded)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one, or use torch.autocast")
-    name = _choose(impl, hidden.device, hidden.dtype, None if bias is None else bias.dtype, group is not None)
+    name = _choose(impl, hidden.device, hidden.dtype, None if bias is None else bias.dtype, sharded)
+    run = _RUN[name]
     if not hidden.shape[0]:
-        # No rows: nothing to compute, but the (zero) gradient still flows.
-        nothing = hidden.sum() + weight[:0].sum() + (0 if bias is None else bias[:0].sum())
-        return nothing.to(torch.promote_types(hidden.dtype, torch.float32)).expand(0)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if group is not None and vocab_start is not None:
-            return parallel.linear_logprob(name, hidden, weight, target, bias, softcap, logit_scale, group, vocab_start)
-        return _RUN[name](hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale)
+        run = _no_rows
+    elif group is not None and vocab_start is not None:
+        run = partial(parallel.linear_logprob, name, group=group, first=vocab_start)
+    return _Problem(hidden, weight, {**options, "bias": bias}, name, sharded, run)
+
+
+def _no_rows(hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, **_: float | None) -> Tensor:
+    """Nothing to compute, but the (zero) gradient still flows."""
+    nothing = hidden.sum() + weight[:0].sum() + (0 if bias is None else bias[:0].sum())
+    return nothing.to(torch.promote_types(hidden.dtype, torch.float32)).expand(0)
+
+
+def _logprob(problem: _Problem, target: Tensor, edges: list[int] | None) -> Tensor:
+    if edges is None:
+        return problem.run(problem.hidden, problem.weight, target, **problem.options)
+    return by_groups(problem.run, problem.hidden, problem.weight, target, edges, **problem.options)
+
+
+def _edges(problem: _Problem, ends: Ends) -> list[int] | None:
+    """Where the groups lie that are computed one after the other; None for all rows at once.
+
+    A matter of sizes and of the implementation alone, not of what needs a gradient: policy and reference go through
+    the same products.
+    """
+    if problem.sharded or problem.name not in _IN_FORWARD or torch.compiler.is_compiling():
+        return None
+    rows, weight, home = problem.hidden.shape[0], problem.weight, _IN_FORWARD[problem.name]()
+    limit = home.group_rows(weight)
+    if rows <= home.kept_rows(rows, weight) or home.kept_rows(limit, weight) < limit:
+        return None
+    edges = join_groups(ends() if callable(ends) else ends, rows, limit)
+    return edges if len(edges) > 2 else None
 
 
 def _check(
@@ -119,10 +239,14 @@ def _choose(impl: str, device: torch.device, dtype: torch.dtype, bias_dtype: tor
     return _dispatch.choose("linear_logprob", impl, inputs).name
 
 
-def _triton_chunked(*args: Any, **options: Any) -> Tensor:
+def _triton_chunked_module() -> Any:
     from stepdpo_kernels.ops.linear_logprob import triton_chunked
 
-    return triton_chunked.linear_logprob(*args, **options)
+    return triton_chunked
+
+
+def _triton_chunked(*args: Any, **options: Any) -> Tensor:
+    return _triton_chunked_module().linear_logprob(*args, **options)
 
 
 def _triton_fused(*args: Any, **options: Any) -> Tensor:
@@ -157,6 +281,8 @@ _RUN: dict[str, Callable[..., Tensor]] = {
     "chunked": chunked.linear_logprob,
     "reference": reference.linear_logprob,
 }
+# Implementations that take a loss's gradients in forward: their modules.
+_IN_FORWARD: dict[str, Callable[[], Any]] = {"triton_chunked": _triton_chunked_module, "cpu": lambda: cpu_kernel}
 for _name, _why_not, _why_not_auto in (
     ("triton_chunked", _whole(_triton_why_not), _triton_chunked_why_not_auto),
     ("triton_fused", _triton_why_not, _triton_why_not_auto),

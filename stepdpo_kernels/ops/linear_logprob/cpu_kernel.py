@@ -9,12 +9,16 @@ kept, a frozen head two, log-probs alone one.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from stepdpo_kernels.ops.linear_logprob.in_forward import Gradients, Needs, Slope, slope_of
 
 logger = logging.getLogger("stepdpo_kernels")
 
@@ -29,13 +33,21 @@ def extra_rows(rows: int, hidden_size: int, vocabulary: int, element_bytes: int,
     All that do not fit into dW, or as many as fit into a bfloat16 [min(R, 2D), V], the size of a float32 dW at
     R > 2D; or into `limit_bytes` if that is less.
     """
-    padded = -(-rows // LANES) * LANES
-    in_weight = padded if padded <= hidden_size else hidden_size // ROW_BLOCK * ROW_BLOCK
+    padded, in_weight = _padded(rows), _in_weight(rows, hidden_size)
     budget = 2 * min(rows, 2 * hidden_size) * vocabulary
     if limit_bytes is not None:
         budget = min(budget, limit_bytes)
     affordable = budget // (vocabulary * element_bytes)
     return padded - in_weight if affordable >= padded - in_weight else affordable // ROW_BLOCK * ROW_BLOCK
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // LANES) * LANES
+
+
+def _in_weight(rows: int, hidden_size: int) -> int:
+    """Rows whose E fits into the memory of dW."""
+    return _padded(rows) if _padded(rows) <= hidden_size else hidden_size // ROW_BLOCK * ROW_BLOCK
 
 
 def _load() -> str | None:
@@ -67,6 +79,15 @@ def _register() -> None:
             weight.new_empty(weight.shape[0] * extra_rows),
         )
 
+    @torch.library.register_fake("stepdpo_kernels::linear_logprob_forward_")
+    def _(hidden, weight, target, bias, softcap, logit_scale, need_hidden, kept, extra):  # type: ignore[no-untyped-def]
+        rows, size = hidden.shape
+        return (
+            hidden.new_empty(rows, dtype=torch.float32),
+            hidden.new_empty(3, rows, dtype=torch.float32),
+            hidden.new_empty(rows if need_hidden else 0, size, dtype=torch.float32),
+        )
+
     @torch.library.register_fake("stepdpo_kernels::linear_logprob_backward")
     def _(grad, row, kept, extra, hidden, weight, target, bias, softcap, scale, need_weight, need_bias):  # type: ignore[no-untyped-def]
         vocabulary, size = weight.shape
@@ -74,7 +95,11 @@ def _register() -> None:
         return weight.new_empty(vocabulary if need_weight else 0, size), d_bias
 
     @torch.library.register_fake("stepdpo_kernels::linear_logprob_backward_")
-    def _(grad, row, kept, extra, hidden, weight, target, bias, softcap, scale, need_bias):  # type: ignore[no-untyped-def]
+    def _(grad, row, kept, extra, hidden, weight, target, bias, softcap, scale, sums, need_bias):  # type: ignore[no-untyped-def]
+        return weight.new_empty(weight.shape[0] if need_bias else 0, dtype=torch.float32)
+
+    @torch.library.register_fake("stepdpo_kernels::linear_logprob_backward_to_sums_")
+    def _(grad, row, kept, extra, hidden, weight, target, bias, softcap, scale, sums, add, need_bias):  # type: ignore[no-untyped-def]
         return weight.new_empty(weight.shape[0] if need_bias else 0, dtype=torch.float32)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -99,7 +124,7 @@ def _register() -> None:
             kept = ctx.kept
             if need_weight and ctx.overwrite and kept is not None:
                 ctx.kept = None
-                db = ops.linear_logprob_backward_(grad, row, kept, extra, *problem, need_bias)
+                db = ops.linear_logprob_backward_(grad, row, kept, extra, *problem, None, need_bias)
                 dw = kept
             else:  # without `kept`, overwritten by an earlier backward through a retained graph, E is recomputed
                 kept = weight.new_empty(0, weight.shape[1]) if kept is None else kept
@@ -158,3 +183,56 @@ def linear_logprob(
         hidden, weight, target, bias, softcap, logit_scale, need_hidden, need_weight, extra, overwrite
     )
     return logp
+
+
+# ---- gradients in forward -------------------------------------------------------------------------------------------
+
+
+def kept_rows(rows: int, weight: Tensor) -> int:
+    """Of how many rows a full backward has E as it was kept."""
+    vocabulary, size = weight.shape
+    return min(rows, _in_weight(rows, size) + extra_rows(rows, size, vocabulary, weight.element_size()))
+
+
+def group_rows(weight: Tensor) -> int:
+    """Rows of a group: E of as many as fit into the memory of dW is kept, beside which there is a float32 dW."""
+    return max(weight.shape[1] // ROW_BLOCK, 1) * ROW_BLOCK
+
+
+def loss_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+    edges: Sequence[int],
+    slope: Slope,
+    needs: Needs,
+) -> tuple[Tensor, Gradients]:
+    """As `in_forward.Run`. Groups go through the same memory; the last one's dW is rounded where its E was."""
+    ops = torch.ops.stepdpo_kernels
+    vocabulary, size = weight.shape
+    logp = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    d_hidden = torch.empty_like(hidden) if needs.hidden else None
+    kept = torch.empty(vocabulary, size, dtype=weight.dtype)
+    sums = torch.empty(vocabulary, size) if needs.weight else None
+    d_bias = torch.zeros(vocabulary) if needs.bias else None
+    for start, stop in pairwise(edges):
+        rows = slice(start, stop)
+        problem = (hidden[rows], weight, target[rows], bias, softcap, logit_scale)
+        extra = weight.new_empty(vocabulary * extra_rows(stop - start, size, vocabulary, hidden.element_size()))
+        logp[rows], row, dx = ops.linear_logprob_forward_(*problem, needs.hidden, kept, extra)
+        grad = slope_of(slope, logp, rows)
+        if d_hidden is not None:
+            d_hidden[rows] = grad[:, None] * dx
+        if sums is None:
+            _, db = ops.linear_logprob_backward(grad, row, kept, extra, *problem, False, needs.bias)
+        elif stop == hidden.shape[0]:
+            db = ops.linear_logprob_backward_(grad, row, kept, extra, *problem, sums if start else None, needs.bias)
+        else:
+            db = ops.linear_logprob_backward_to_sums_(grad, row, kept, extra, *problem, sums, start > 0, needs.bias)
+        if d_bias is not None:
+            d_bias += db
+    db = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
+    return logp, Gradients(d_hidden, kept if needs.weight else None, db)

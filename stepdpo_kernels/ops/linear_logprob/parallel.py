@@ -117,6 +117,7 @@ def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
+    *,
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float | None,

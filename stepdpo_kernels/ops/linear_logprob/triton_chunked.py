@@ -13,12 +13,15 @@ Moved by the kernel: 4 bytes a logit without gradients, else 8 read and 2 (float
 Three products for a full backward of rows that are kept, four of others; two for a frozen head; one for log-probs.
 
 Rows of a chunk: 1,024, halved until a chunk's logits fit a sixteenth of the device's memory, at least 128. Rows kept:
-as many as fit a bfloat16 [min(R, 2D), V], at R > 2D no more than a float32 dW. The total memory counts, not what is
-free at the moment: the policy and its reference must go through the same products to give the same bits.
+as many as fit a bfloat16 [min(R, 2D), V], where that is more than four chunks of rows no more than a float32 dW; four
+chunks always, since adding to a float32 dW, a group of rows after the other (in_forward.py), costs the more the fewer
+rows a group has: 8 bytes for 6 of its rows' operations, on an H100 7% at 4,096 rows. The total memory counts, not what
+is free at the moment: the policy and its reference must go through the same products to give the same bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepdpo_kernels.ops.linear_logprob import triton_kernel
+from stepdpo_kernels.ops.linear_logprob.in_forward import Gradients, Needs, Slope, slope_of
 from stepdpo_kernels.ops.linear_logprob.triton_kernel import Problem, add_product, around_launches, product, scaled
 
 CHUNK_ROWS = 1024
@@ -46,9 +50,10 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
     return rows
 
 
-def kept_rows(rows: int, hidden_size: int, dtype: torch.dtype) -> int:
+def kept_rows(rows: int, weight: Tensor) -> int:
     """Rows whose Q is kept for dW."""
-    return min(rows, 2 * min(rows, 2 * hidden_size) // dtype.itemsize)
+    most = max(2 * weight.shape[1], 4 * chunk_rows(weight.shape[0], weight.device))
+    return min(rows, 2 * min(rows, most) // weight.dtype.itemsize)
 
 
 # ---- helpers and forward --------------------------------------------------------------------------------------------
@@ -178,7 +183,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs (R,), stats (2, R) and dX / g (R or 0, D) in float32; Q of the first rows (kept or 0, V) for dW."""
     p = Problem(hidden, weight, target, bias, softcap, logit_scale)
-    kept = kept_rows(*hidden.shape, hidden.dtype)
+    kept = kept_rows(p.rows, weight)
     device, dtype = hidden.device, hidden.dtype
     size = min(p.rows, chunk_rows(p.vocabulary, device))
     width = triton.cdiv(p.vocabulary, 8) * 8  # rows of aligned length
@@ -206,7 +211,7 @@ def _forward(
 @_forward.register_fake
 def _(hidden, weight, target, bias, softcap, logit_scale, need_hidden, keep):  # type: ignore[no-untyped-def]
     rows, size = hidden.shape
-    kept = kept_rows(rows, size, hidden.dtype) if keep else 0
+    kept = kept_rows(rows, weight) if keep else 0
     return (
         hidden.new_empty(rows, dtype=torch.float32),
         hidden.new_empty(2, rows, dtype=torch.float32),
@@ -231,16 +236,31 @@ def _weight_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dW (V or 0, D) in the dtype of the inputs, db (V or 0,) float32."""
     p = Problem(hidden, weight, target, bias, softcap, logit_scale)
-    dtype, device, kept = hidden.dtype, hidden.device, kept_q.shape[0]
+    d_weight = hidden.new_empty(p.vocabulary if need_weight else 0, p.hidden_size)
+    d_bias = torch.zeros(p.vocabulary if need_bias else 0, dtype=torch.float32, device=hidden.device)
+    add_weight_gradients(p, grad, stats, kept_q, d_weight if need_weight else None, d_bias if need_bias else None)
+    return d_weight, d_bias
+
+
+def add_weight_gradients(
+    p: Problem,
+    grad: Tensor,  # (R,)
+    stats: Tensor,  # (2, R)
+    kept_q: Tensor,  # (kept, V or more)
+    d_weight: Tensor | None,  # (V, D)
+    d_bias: Tensor | None,  # (V,) float32, added to
+    *,
+    add: bool = False,
+) -> None:
+    """Writes dW into d_weight, of the dtype of the inputs or float32; `add` it to a float32 one."""
+    dtype, device, kept = p.x.dtype, p.x.device, kept_q.shape[0]
     grad = grad.to(torch.float32).contiguous()
-    gx = scaled(p.x, grad) if need_weight else hidden.new_empty(0)
-    d_weight = torch.empty(p.vocabulary if need_weight else 0, p.hidden_size, dtype=dtype, device=device)
-    d_bias = torch.empty(p.vocabulary if need_bias else 0, dtype=torch.float32, device=device)
-    with around_launches(hidden):
-        if kept == p.rows and need_weight and not need_bias:
-            return torch.mm(kept_q[:, : p.vocabulary].T, gx, out=d_weight), d_bias
+    gx = None if d_weight is None else scaled(p.x, grad)
+    with around_launches(p.x):
         rest = slice(kept, p.rows)
-        columns = min(p.vocabulary, max(MIN_COLUMNS, CHUNK_BYTES // (4 * p.rows) // 8 * 8))
+        columns = p.vocabulary  # all at once where nothing is computed again
+        if kept < p.rows or d_bias is not None:
+            columns = min(columns, max(MIN_COLUMNS, CHUNK_BYTES // (4 * p.rows) // 8 * 8))
         buffer = torch.empty(p.rows - kept, triton.cdiv(columns, 8) * 8, dtype=torch.float32, device=device)
         for start in range(0, p.vocabulary, columns):
             part = slice(start, min(start + columns, p.vocabulary))
@@ -251,15 +271,21 @@ def _weight_gradients(
                 q = buffer.view(dtype)[:, :size]
                 _write_gradient(p, rest, start, logits, q, stats)
                 pieces.append((q, rest))
-            if need_weight and len(pieces) == 1:
-                torch.mm(pieces[0][0].T, gx[pieces[0][1]], out=d_weight[part])
-            elif need_weight:
-                total = product(pieces[0][0].T, gx[pieces[0][1]])
-                add_product(total, pieces[1][0].T, gx[pieces[1][1]])
-                d_weight[part] = total
-            if need_bias:
-                d_bias[part] = sum((grad[rows, None] * q).sum(dim=0) for q, rows in pieces)
-    return d_weight, d_bias
+            if gx is not None and d_weight is not None:
+                of_weight = [(q.T, gx[rows]) for q, rows in pieces]
+                if d_weight.dtype != torch.float32 and len(pieces) == 1:
+                    torch.mm(*of_weight[0], out=d_weight[part])
+                else:
+                    total = d_weight[part] if d_weight.dtype == torch.float32 else None
+                    if not add or total is None:
+                        total = product(*of_weight.pop(0), out=total)
+                    for operands in of_weight:
+                        add_product(total, *operands)
+                    if total.dtype != d_weight.dtype:
+                        d_weight[part] = total
+            if d_bias is not None:
+                for q, rows in pieces:
+                    d_bias[part] += (grad[rows, None] * q).sum(dim=0)
 
 
 @_weight_gradients.register_fake
@@ -312,3 +338,40 @@ def linear_logprob(
     keep = grads and (weight.requires_grad or (bias is not None and bias.requires_grad))
     logp, *_ = _forward(hidden, weight, target, bias, softcap, logit_scale, need_hidden, keep)
     return logp
+
+
+# ---- gradients in forward -------------------------------------------------------------------------------------------
+
+
+def group_rows(weight: Tensor) -> int:
+    """Rows of a group: as many as Q is kept of."""
+    return kept_rows(1 << 40, weight)
+
+
+def loss_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+    edges: Sequence[int],
+    slope: Slope,
+    needs: Needs,
+) -> tuple[Tensor, Gradients]:
+    """As `in_forward.Run`."""
+    logp = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    d_hidden = torch.empty_like(hidden) if needs.hidden else None
+    total = weight.new_empty(weight.shape, dtype=torch.float32) if needs.weight else None
+    d_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if needs.bias else None
+    for start, stop in pairwise(edges):
+        rows = slice(start, stop)
+        problem = (hidden[rows], weight, target[rows], bias, softcap, logit_scale)
+        logp[rows], stats, dx, kept_q = _forward(*problem, needs.hidden, True)
+        grad = slope_of(slope, logp, rows)
+        if d_hidden is not None:
+            d_hidden[rows] = grad[:, None] * dx
+        add_weight_gradients(Problem(*problem), grad, stats, kept_q, total, d_bias, add=start > 0)
+        del kept_q  # before the next group's
+    d_weight = None if total is None else total.to(weight.dtype)
+    return logp, Gradients(d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype))
