@@ -30,9 +30,9 @@ def milliseconds(path: str, rows: int, size: int, vocabulary: int) -> float:
     sums = (8 * (groups - 1) + 6) * vocabulary * size if groups > 1 else 0
     chunks = -(-vocabulary // max(MIN_COLUMNS, Q_BYTES // (2 * rows)))
     library, triton, moved = {
-        "chunked, full": (3 + (1 - kept), 0.0, (10 + 6 * (1 - kept)) * logits),
-        "chunked, loss": (3.0, 0.0, 10.0 * logits + sums),
-        "chunked, frozen": (2.0, 0.0, 10.0 * logits),
+        "chunked, full": (3 + (1 - kept), 0.0, 6.0 * (2 - kept) * logits),
+        "chunked, loss": (3.0, 0.0, 6.0 * logits + sums),
+        "chunked, frozen": (2.0, 0.0, 6.0 * logits),
         "chunked, logp": (1.0, 0.0, 4.0 * logits),
         "fused, full": (2.0, 2.0, 8.0 * chunks * rows * size),
     }[path]
@@ -42,13 +42,14 @@ def milliseconds(path: str, rows: int, size: int, vocabulary: int) -> float:
 def gibibytes(path: str, rows: int, size: int, vocabulary: int) -> float:
     """Peak beside inputs and gradients in the dtype of the inputs."""
     chunk = 4 * min(rows, CHUNK_ROWS) * vocabulary
+    passing = chunk // 2  # Q of a chunk that is not kept
     kept = 2 * kept_rows(rows, size) * vocabulary
     sums = 4 * rows * size  # dX / g
     kept_by_loss = kept if rows == kept_rows(rows, size) else kept + 4 * vocabulary * size  # and a float32 dW
     total = {
-        "chunked, full": chunk + kept + sums,
+        "chunked, full": chunk + kept + sums + (passing if rows > kept_rows(rows, size) else 0),
         "chunked, loss": chunk + kept_by_loss + sums,
-        "chunked, frozen": chunk + sums,
+        "chunked, frozen": chunk + passing + sums,
         "chunked, logp": chunk,
         "fused, full": max(Q_BYTES, 2 * rows * MIN_COLUMNS) + sums + 2 * rows * size + 4 * min(rows, SUM_ROWS) * size,
     }[path]

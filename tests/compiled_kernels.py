@@ -96,7 +96,7 @@ def head(dtype: torch.dtype, rows: int, size: int, vocabulary: int, bias: bool, 
     _, stats = triton_kernel.forward(Problem(*problem))
     grad = torch.zeros(rows)
     triton_kernel.backward(Problem(*problem), grad, stats, True, True, bias)
-    *_, kept = triton_chunked._forward._init_fn(*problem, True, True)
+    _, stats, _, kept = triton_chunked._forward._init_fn(*problem, True, True)
     for q in (kept, kept[: rows // 2]):
         triton_chunked._weight_gradients._init_fn(grad, stats, q, *problem, True, bias)
     triton_chunked._forward._init_fn(*problem, False, False)

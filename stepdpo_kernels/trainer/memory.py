@@ -251,7 +251,7 @@ def _head(sizes: ModelSizes, rows: int, width: int, sharded: bool) -> int:
     logits = 4 * min(rows, CHUNK_ROWS) * sizes.vocabulary
     sums = 4 * rows * sizes.hidden
     if not sizes.head_trained:
-        return logits + sums
+        return logits + logits // 2 + sums  # and what becomes of them, in bfloat16
     most = max(2 * sizes.hidden, 4 * CHUNK_ROWS)
     kept = 2 * min(rows, most) * sizes.vocabulary
     if rows > most:  # gradients are taken in forward, group by group, into a float32 sum

@@ -37,7 +37,7 @@ def test_the_usual_kernels() -> None:
     assert {line["kernel"] for line in lines} >= {
         "_forward_kernel",
         "_q_kernel",
-        "_reduce_kernel",
+        "_row_kernel",
         "_gradient_kernel",
         "_branch_gradient_kernel",
         "_token_gradient_kernel",

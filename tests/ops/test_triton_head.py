@@ -174,6 +174,39 @@ def test_masked_logits(impl: str) -> None:
     assert not ours[2][260:].any()
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": True, "softcap": 300.0, "logit_scale": 1.2}], ids=["plain", "all"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_targets_far_below_the_maximum(impl: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Log-probs from 0 to -250: by more than exp has range for, by more than HEADROOM, by less, and of the maximum."""
+    hidden, weight, bias, target, upstream = _inputs(dtype, size=64)
+    hidden = (torch.linspace(0.1, 12, R)[:, None] * hidden).to(dtype)
+    logits = hidden.double() @ weight.double().T
+    weight *= 2 / 8
+    ranks = logits.argsort(dim=1, descending=True)
+    target = torch.where(torch.arange(R) % 3 == 0, ranks[:, 0], ranks[:, 300])
+    logps = eager_logprob(hidden.double(), weight.double(), target)
+    assert logps.max() > -1
+    assert logps.min() < -100
+    assert ((logps < -45) & (logps > -80)).any()
+    _check(impl, dtype, (hidden, weight, bias, target, upstream), **options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_likely_target_has_all_the_digits_of_its_log_prob(impl: str) -> None:
+    hidden, weight = torch.eye(3), torch.tensor([[0.0, -14.0, -40.0], [-30.0, 0.0, 0.0], [-31.0, -15.0, -41.0]])
+    target = torch.tensor([0, 1, 1])
+    logits = weight.T.double()
+    relative = logits - logits.gather(1, target[:, None])
+    exact = -relative.scatter(1, target[:, None], -torch.inf).exp().sum(dim=1).log1p()
+    ours = linear_logprob(hidden, weight, target, impl=impl)
+    if impl == "triton_chunked":  # relative to the target, so 1 + s is never rounded
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-30)
+    else:
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=2e-7)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_nan_is_seen(impl: str) -> None:
     hidden, weight, _, target, _ = _inputs()

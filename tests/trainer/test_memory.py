@@ -145,7 +145,7 @@ def test_what_each_argument_changes() -> None:
     double = plan_memory(SIZES, **given | {"max_tokens": 2000})
     assert double == replace(plan, activations=2 * plan.activations)
     frozen = plan_memory(replace(SIZES, head_trained=False), **given)
-    assert frozen == replace(plan, head=4 * 1024 * 152_064 + 4 * 2000 * 3584)
+    assert frozen == replace(plan, head=6 * 1024 * 152_064 + 4 * 2000 * 3584)
     assert plan.total == sum((plan.weights, plan.gradients, plan.optimizer, plan.gathered, plan.activations, plan.head))
     assert str(plan).startswith(f"{plan.total / 2**30:.2f} GiB: weights 3.73, gradients 3.73, optimizer 7.45, ")
 

@@ -1,16 +1,21 @@
 """Log-probs of the targets from products of the library and Triton kernels over rows of logits: the speed path.
 
     forward    for each chunk of rows: logits = X_c W^T in float32 (rows, V); a kernel with a program for each row reads
-               them for the maximum m, s = sum exp(z - m) and z[target]; where there are gradients another one reads
-               them again and writes  Q = (onehot - p) dz/du  in the dtype of the inputs: over the logits themselves,
-               or into what is kept for dW. Two kernels, so that log-probs come from the same code with and without
-               dX / g = Q W, while Q is at hand
-    backward   dX = g * (dX / g)         dW = Q^T (g * X)         db = sum_r g Q               g (R,) upstream gradient
+               them once, relative to the target's logit:  e = exp(z - z[target]), 0 for the target;  s = sum e
+               logp = -log(1 + s)         f = 1 / (1 + s)
+               and, where there are gradients, writes  Q = (s onehot - e) dz/du  in the dtype of the inputs, without a
+               second look at the logits: what a whole row has to be divided by is a factor
+               Q W, while Q is at hand
+    backward   dX = f g * (Q W)         dW = Q^T (f g * X)         db = sum_r f g Q         g (R,) upstream gradient
                of rows whose Q was not kept, the logits are computed again by chunks of the vocabulary, so that a
                part of dW is complete when it is written
 
-Moved by the kernel: 4 bytes a logit without gradients, else 8 read and 2 (float32: 4) written; once for each row.
-Three products for a full backward of rows that are kept, four of others; two for a frozen head; one for log-probs.
+A row with a logit that exceeds the target's by more than HEADROOM is read three times: the sum relative to the maximum,
+then Q with f = 1. So is every row in float16, whose range is too small for e.
+
+Moved by the kernel, once for each row: 4 bytes a logit read, 2 (float32: 4) written. Without gradients log-probs come
+from the very same code, whose stores are masked then. Three products for a full backward of rows that are kept, four of
+others; two for a frozen head; one for log-probs.
 
 Rows of a chunk: 1,024, halved until a chunk's logits fit a sixteenth of the device's memory, at least 128. Rows kept:
 as many as fit a bfloat16 [min(R, 2D), V], where that is more than four chunks of rows no more than a float32 dW; four
@@ -39,6 +44,7 @@ CHUNK_BYTES = 32 * 1024 * 1024  # of float32 logits that backward computes again
 MIN_COLUMNS = 512  # below that a product is too narrow to be fast
 BLOCK = 2048  # logits of a row at a time
 NUM_WARPS = 8
+HEADROOM = tl.constexpr(40.0)  # e^40, its sum over a vocabulary and the inverse are far inside float32 and bfloat16
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
@@ -59,49 +65,90 @@ def kept_rows(rows: int, weight: Tensor) -> int:
 # ---- helpers and forward --------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _reduce_kernel(
+@triton.jit(do_not_specialize=["write"])
+def _row_kernel(
     logits,  # (rows, V) float32: hidden @ weight.T
+    q_out,  # (rows, V)
     bias,  # (V,)
     target,  # (rows,) int64
     logp,  # (rows,) float32
-    stats,  # (2, all rows) float32: maximum, log of the sum relative to it
+    stats,  # (3, all rows) float32: reference of the logits, log of the sum relative to it, factor f of Q
     V,
     stride_z,
+    stride_q,
     stride_stats,
     scale,
     softcap,
+    write,  # 0: nothing into q_out; a number, so that the code is the same
     BLOCK: tl.constexpr,
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    NORMALISED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride_z
+    q_out += row * stride_q
     wanted = tl.load(target + row)
+    written = V * write
     lane = tl.arange(0, BLOCK)
+    hit = tl.load(logits + wanted)
+    if BIAS:
+        hit += tl.load(bias + wanted).to(tl.float32)
+    hit, hit_slope = triton_kernel._transformed(hit, wanted < V, scale, softcap, SOFTCAP)
+    ref = tl.where(tl.abs(hit) < float("inf"), hit, 0.0)
     top = tl.full([BLOCK], -3.4028235e38, tl.float32)  # a maximum and a sum for each lane, joined at the end
-    total = tl.zeros([BLOCK], tl.float32)
-    hit = tl.zeros([BLOCK], tl.float32)
+    totals = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
-        z, _ = _load_logits(logits, bias, start, V, scale, softcap, BLOCK, BIAS, SOFTCAP)
-        hit += tl.where(start + lane == wanted, z, 0.0)
-        new_top = tl.maximum(top, z)
-        total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
-        top = new_top
+        z, slope = _load_logits(logits, bias, start, V, scale, softcap, BLOCK, BIAS, SOFTCAP)
+        d = tl.where(start + lane == wanted, -float("inf"), z - ref)
+        e = tl.exp(d)
+        top = tl.maximum(top, d)
+        totals += e
+        if not NORMALISED:
+            tl.store(q_out + start + lane, (-e * slope).to(q_out.dtype.element_ty), mask=start + lane < written)
     row_top = tl.max(top, axis=0)
-    log_sum = tl.log(tl.sum(total * tl.exp(top - row_top), axis=0))
-    tl.store(logp + row, (tl.sum(hit, axis=0) - row_top) - log_sum)
-    tl.store(stats + row, row_top)
+    total = tl.sum(totals, axis=0)
+    far = row_top > HEADROOM
+    if far:
+        ref += row_top
+        totals = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, V, BLOCK):
+            z, _ = _load_logits(logits, bias, start, V, scale, softcap, BLOCK, BIAS, SOFTCAP)
+            totals += tl.exp(tl.where(start + lane == wanted, -float("inf"), z - ref))
+        total = tl.sum(totals, axis=0)
+    own = tl.exp(hit - ref)
+    everything = own + total
+    log_sum = tl.log(everything)
+    if own == 1:  # log(1 + s) to the last digit of a small s
+        log_sum = tl.where(everything == 1, total, log_sum * (total / tl.where(everything == 1, 1.0, everything - 1)))
+    factor = 1 / everything
+    q_hit = total * hit_slope
+    if NORMALISED or far:
+        q_hit *= factor
+        factor = own * 0 + 1
+        for start in range(0, V, BLOCK):
+            z, slope = _load_logits(logits, bias, start, V, scale, softcap, BLOCK, BIAS, SOFTCAP)
+            q = triton_kernel._gradient(z, slope, start + lane == wanted, ref, log_sum)
+            tl.store(q_out + start + lane, q.to(q_out.dtype.element_ty), mask=start + lane < written)
+    else:
+        # The target's is the largest of Q: what rounding does to it, the factor undoes.
+        rounded = q_hit.to(q_out.dtype.element_ty).to(tl.float32)
+        factor *= tl.where(rounded == 0, 1.0, q_hit / tl.where(rounded == 0, 1.0, rounded))
+    tl.debug_barrier()  # another thread has written there
+    tl.store(q_out + wanted, q_hit.to(q_out.dtype.element_ty), mask=wanted < written)
+    tl.store(logp + row, (hit - ref) - log_sum)
+    tl.store(stats + row, ref)
     tl.store(stats + stride_stats + row, log_sum)
+    tl.store(stats + 2 * stride_stats + row, factor)
 
 
 @triton.jit
 def _gradient_kernel(
     logits,  # (rows, C) float32: hidden @ weight.T of the columns from `first` on
-    q_out,  # (rows, C); may lie in the memory of the logits
+    q_out,  # (rows, C), with a factor of 1; may lie in the memory of the logits
     bias,  # (V,)
     target,  # (rows,) int64
-    stats,  # (2, all rows) float32
+    stats,  # (3, all rows) float32
     C,
     first,
     stride_z,
@@ -119,12 +166,12 @@ def _gradient_kernel(
     if BIAS:
         bias += first
     wanted = tl.load(target + row) - first
-    row_top = tl.load(stats + row)
+    ref = tl.load(stats + row)
     log_sum = tl.load(stats + stride_stats + row)
     lane = tl.arange(0, BLOCK)
     for start in range(0, C, BLOCK):
         z, slope = _load_logits(logits, bias, start, C, scale, softcap, BLOCK, BIAS, SOFTCAP)
-        q = triton_kernel._gradient(z, slope, start + lane == wanted, row_top, log_sum)
+        q = triton_kernel._gradient(z, slope, start + lane == wanted, ref, log_sum)
         tl.debug_barrier()  # in place, Q of this block lies over logits that other threads have to read first
         tl.store(q_out + start + lane, q.to(q_out.dtype.element_ty), mask=start + lane < C)
 
@@ -151,14 +198,16 @@ why_not = triton_kernel.why_not
 
 def _options(p: Problem) -> dict[str, Any]:
     flags = {"BIAS": p.bias is not None, "SOFTCAP": p.softcap is not None}
-    return {"BLOCK": BLOCK, **flags, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
+    block = BLOCK // 2 if p.softcap else BLOCK  # its slope takes registers
+    return {"BLOCK": block, **flags, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
 
 
-def _reduce(p: Problem, rows: slice, logits: Tensor, logp: Tensor, stats: Tensor) -> None:
-    """Log-probs and stats of some rows from all their logits (rows, V)."""
-    _reduce_kernel[(logits.shape[0],)](
-        logits, p.bias, p.target[rows], logp[rows], stats[:, rows], p.vocabulary,
-        logits.stride(0), stats.stride(0), p.scale, p.softcap or 0.0, **_options(p),
+def _look_at_rows(p: Problem, rows: slice, logits: Tensor, q: Tensor, logp: Tensor, stats: Tensor, write: bool) -> None:
+    """Log-probs and stats of some rows from all their logits (rows, V); and Q (rows, V), if it is to be written."""
+    _row_kernel[(logits.shape[0],)](
+        logits, q, p.bias, p.target[rows], logp[rows], stats[:, rows], p.vocabulary, logits.stride(0),
+        logits.stride(0), stats.stride(0), p.scale, p.softcap or 0.0, int(write),
+        NORMALISED=q.dtype == torch.float16, **_options(p),
     )  # fmt: skip
 
 
@@ -181,7 +230,7 @@ def _forward(
     need_hidden: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs (R,), stats (2, R) and dX / g (R or 0, D) in float32; Q of the first rows (kept or 0, V) for dW."""
+    """Log-probs (R,), stats (3, R) and Q W (R or 0, D) in float32; Q of the first rows (kept or 0, V) for dW."""
     p = Problem(hidden, weight, target, bias, softcap, logit_scale)
     kept = kept_rows(p.rows, weight)
     device, dtype = hidden.device, hidden.dtype
@@ -189,9 +238,11 @@ def _forward(
     width = triton.cdiv(p.vocabulary, 8) * 8  # rows of aligned length
     buffer = torch.empty(size, width, dtype=torch.float32, device=device)
     logp = torch.empty(p.rows, dtype=torch.float32, device=device)
-    stats = torch.empty(2, p.rows, dtype=torch.float32, device=device)
+    stats = torch.empty(3, p.rows, dtype=torch.float32, device=device)
     d_hidden = torch.empty(p.rows if need_hidden else 0, p.hidden_size, dtype=torch.float32, device=device)
     kept_q = torch.empty(kept if keep else 0, width, dtype=dtype, device=device)
+    passes = need_hidden and (not keep or kept < p.rows)
+    passing = torch.empty(size if passes else 0, width, dtype=dtype, device=device)  # Q of a chunk that is not kept
     # The rows that may be kept and the others in chunks of their own, so that a chunk is the one or the other; and
     # whether they are kept or not, so that policy and reference go through the same products.
     edges = [*range(0, kept, size), *range(kept, p.rows, size), p.rows]
@@ -199,12 +250,11 @@ def _forward(
         for start, stop in pairwise(edges):
             logits = product(p.x[start:stop], p.w.T, out=buffer[: stop - start, : p.vocabulary])
             keep_these = keep and stop <= kept
-            q = (kept_q[start:stop] if keep_these else buffer.view(dtype)[: stop - start])[:, : p.vocabulary]
-            _reduce(p, slice(start, stop), logits, logp, stats)
-            if need_hidden or keep_these:
-                _write_gradient(p, slice(start, stop), 0, logits, q, stats)
+            q = kept_q[start:stop] if keep_these else passing[: stop - start]
+            write = need_hidden or keep_these
+            _look_at_rows(p, slice(start, stop), logits, q, logp, stats, write)
             if need_hidden:
-                product(q, p.w, out=d_hidden[start:stop])
+                product(q[:, : p.vocabulary], p.w, out=d_hidden[start:stop])
     return logp, stats, d_hidden, kept_q
 
 
@@ -214,7 +264,7 @@ def _(hidden, weight, target, bias, softcap, logit_scale, need_hidden, keep):  #
     kept = kept_rows(rows, weight) if keep else 0
     return (
         hidden.new_empty(rows, dtype=torch.float32),
-        hidden.new_empty(2, rows, dtype=torch.float32),
+        hidden.new_empty(3, rows, dtype=torch.float32),
         hidden.new_empty(rows if need_hidden else 0, size, dtype=torch.float32),
         hidden.new_empty(kept, (weight.shape[0] + 7) // 8 * 8),
     )
@@ -245,7 +295,7 @@ def _weight_gradients(
 def add_weight_gradients(
     p: Problem,
     grad: Tensor,  # (R,)
-    stats: Tensor,  # (2, R)
+    stats: Tensor,  # (3, R)
     kept_q: Tensor,  # (kept, V or more)
     d_weight: Tensor | None,  # (V, D)
     d_bias: Tensor | None,  # (V,) float32, added to
@@ -254,7 +304,8 @@ def add_weight_gradients(
 ) -> None:
     """Writes dW into d_weight, of the dtype of the inputs or float32; `add` it to a float32 one."""
     dtype, device, kept = p.x.dtype, p.x.device, kept_q.shape[0]
-    grad = grad.to(torch.float32).contiguous()
+    grad = grad.to(torch.float32).clone()
+    grad[:kept] *= stats[2, :kept]  # of Q as it is kept; what is computed again has a factor of 1
     gx = None if d_weight is None else scaled(p.x, grad)
     with around_launches(p.x):
         rest = slice(kept, p.rows)
@@ -312,7 +363,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         return (None,) * 8
     hidden, weight, target, bias, stats, d_hidden, kept_q = ctx.saved_tensors
     need_hidden, need_weight, _target, need_bias, *_rest = ctx.needs_input_grad
-    dx = (grad[:, None] * d_hidden).to(hidden.dtype) if need_hidden else None
+    dx = ((grad * stats[2])[:, None] * d_hidden).to(hidden.dtype) if need_hidden else None
     dw = db = None
     if need_weight or need_bias:
         problem = (hidden, weight, target, bias, ctx.softcap, ctx.logit_scale)
@@ -370,7 +421,7 @@ def loss_gradients(
         logp[rows], stats, dx, kept_q = _forward(*problem, needs.hidden, True)
         grad = slope_of(slope, logp, rows)
         if d_hidden is not None:
-            d_hidden[rows] = grad[:, None] * dx
+            d_hidden[rows] = (grad * stats[2])[:, None] * dx
         add_weight_gradients(Problem(*problem), grad, stats, kept_q, total, d_bias, add=start > 0)
         del kept_q  # before the next group's
     d_weight = None if total is None else total.to(weight.dtype)
