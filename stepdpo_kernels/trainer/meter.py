@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ class Meter:
     def reset(self) -> None:
         self._sums: Tensor | None = None  # (6,) of _PER_PAIR, then the loss
         self._counts = [0, 0, 0, 0]  # pairs, tokens, unshared tokens, batches
+        self._held: Sequence[tuple[PackedBatch, StepDPOOutput]] = ()
         self._since: float | None = None
         self._seconds = 0.0  # of this interval, before the clock last stood still
         self._drained = [0, 0, 0, 0]
@@ -70,16 +72,26 @@ class Meter:
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def totals(self) -> Totals:
-        """Host numbers alone: reading them waits for no device."""
-        pairs, tokens, unshared, batches = (a + b for a, b in zip(self._drained, self._counts, strict=True))
+        """Host numbers alone, with those of a step that is held: reading them waits for no device."""
+        counts = [self._drained, self._counts, *(_counts(batch) for batch, _ in self._held)]
+        pairs, tokens, unshared, batches = map(sum, zip(*counts, strict=True))
         return Totals(pairs, tokens, unshared, batches, self._drained_seconds + self._elapsed())
+
+    def hold(self, parts: Sequence[tuple[PackedBatch, StepDPOOutput]]) -> None:
+        """The forward passes of an optimiser step, until it is known whether they count."""
+        self._held = parts
+
+    def settle(self, *, counts: bool) -> None:
+        """Adds what is held, or drops it."""
+        for batch, output in self._held if counts else ():
+            self.add(batch, output)
+        self._held = ()
 
     def add(self, batch: PackedBatch, output: StepDPOOutput) -> None:
         parts = [getattr(output, name).sum() for name in _PER_PAIR]
         sums = torch.stack([*parts, output.loss.detach()]).float()
         self._sums = sums if self._sums is None else self._sums + sums
-        counts = (batch.num_pairs, batch.num_tokens, batch.tokens_unshared, 1)
-        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
+        self._counts = [a + b for a, b in zip(self._counts, _counts(batch), strict=True)]
 
     def drain(self, accelerator: Accelerator, *, steps: int | None = None) -> dict[str, float]:
         """Means over the pairs of all processes, and the next interval starts at zero. All processes must call it.
@@ -105,3 +117,7 @@ class Meter:
             "pairs_per_second": pairs / seconds,
             "tokens_per_second": tokens / seconds,
         }
+
+
+def _counts(batch: PackedBatch) -> tuple[int, int, int, int]:
+    return batch.num_pairs, batch.num_tokens, batch.tokens_unshared, 1

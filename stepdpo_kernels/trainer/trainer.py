@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput
@@ -39,7 +38,7 @@ from stepdpo_kernels.trainer.collate import IndexedPairs, SetEpoch, StepCollator
 from stepdpo_kernels.trainer.config import StepDPOConfig
 from stepdpo_kernels.trainer.loading import load_model
 from stepdpo_kernels.trainer.meter import Meter
-from stepdpo_kernels.trainer.nonfinite import culprits, finite_losses
+from stepdpo_kernels.trainer.nonfinite import Verdict, skips_on_device, unwrapped
 from stepdpo_kernels.trainer.plan import TrainingPlan, plan_training
 from stepdpo_kernels.trainer.progress import use_step_progress
 from stepdpo_kernels.trainer.ref_logps import RefLogps
@@ -102,8 +101,10 @@ class StepDPOTrainer(Trainer):
     would take), tokens/batch (encoded a forward pass), and Trainer's own. Also tokens/encoded (all since the last log),
     pairs_per_second and tokens_per_second (encoded ones), without the time of evaluation and saving.
 
-    A loss or gradient that is not finite is reported with the ids of its pairs before the weights change, and
-    StepDPOError raised, or the optimiser step skipped (`on_nonfinite`).
+    A loss or gradient that is not finite changes no weights: it is reported with the ids of its pairs, and StepDPOError
+    raised, or the optimiser step skipped (`on_nonfinite`). With torch's fused Adam and AdamW (the default of `optim`)
+    that is before the next update, and before anything is logged, evaluated or saved, so that no step waits for the
+    device; with others it is before the update that is refused, and callbacks do not see the end of that step.
 
     Raises StepDPOError, before anything is written, for a model that cannot be packed, a pair over the token budget or
     with tokens that the model lacks, an empty dataset, an option of Trainer that would have no effect here or has not
@@ -179,6 +180,8 @@ class StepDPOTrainer(Trainer):
         use_step_progress(self, self._meter)
         self._parts: list[tuple[PackedBatch, StepDPOOutput]] = []  # forward passes of the step in progress
         self._steps, self._skipped = 0, 0  # since the last log
+        self._verdict: Verdict | None = None  # on the last step, until it is read
+        self._refused = False  # the last step whose verdict was read
         self._staging: Path | None = None
         self.references = RefLogps(self)
 
@@ -267,13 +270,17 @@ class StepDPOTrainer(Trainer):
         if self.is_world_process_zero():
             write_run_file(output_dir, self._describe(known, checkpoint))
         self._meter.reset()
-        self._steps, self._skipped = 0, 0
+        self._steps, self._skipped, self._refused = 0, 0, False
         try:
             return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         except BaseException:
             if begins:
                 remove_unstarted_run(output_dir)
             raise
+        finally:
+            self._verdict = None
+            if skips_on_device(optimizer := unwrapped(self.optimizer), self.accelerator):
+                vars(optimizer).pop("found_inf", None)  # somebody may go on with it
 
     def _describe(self, known: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
         """What the run file is to hold: what it holds, what it lacks, and what goes on otherwise from a checkpoint."""
@@ -326,43 +333,48 @@ class StepDPOTrainer(Trainer):
         return total.nan_to_num(0.0, 0.0, 0.0) if self.args.on_nonfinite == "skip" else total
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """As Trainer's, called between backward and the update: where something is not finite there is no update."""
+        """As Trainer's, called between backward and the update: where something is not finite there is no update.
+
+        The device can see to that by itself with some optimisers. Then the host looks a step later, when the device is
+        busy with what came after, or when somebody wants to know.
+        """
+        self._settle()
         norm = super()._get_grad_norm(model, grad_norm)
         self._steps += 1
-        own = finite_losses(self._parts, self.args.device)
+        self._meter.hold(self._parts)
         # In fp16 gradients overflow now and then, which its scaler answers; and DeepSpeed may know of no norm.
-        gradient = torch.ones_like(own)
-        if norm is not None and not self.args.fp16:
-            whole = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
-            gradient = whole.to(own.device).isfinite().to(own)
-        finite = torch.stack([own, gradient])
-        if self.args.world_size > 1:
-            finite = self.accelerator.reduce(finite, reduction="sum") / self.args.world_size
-        losses, gradients = finite.tolist()  # where a step waits for the device, and nowhere else but in logs
-        if losses == gradients == 1:
-            for batch, output in self._parts:
-                self._meter.add(batch, output)
+        known = None if self.args.fp16 else norm
+        self._verdict = Verdict(self.state.global_step + 1, self._parts, known, self.accelerator)
+        optimizer = unwrapped(self.optimizer)
+        if skips_on_device(optimizer, self.accelerator):
+            self._verdict.tell(optimizer)
             return norm
-        self._refuse_update(model, elsewhere=not self._parts or (losses < 1 and bool(own)))
-        return None
+        self._settle()
+        if self._refused:
+            model.zero_grad(set_to_none=True)  # so that the optimiser changes nothing
+        return norm
 
-    def _refuse_update(self, model: nn.Module, *, elsewhere: bool) -> None:
-        """Names the pairs of this process and stops, or empties the gradients so that the optimiser changes nothing.
+    def _settle(self) -> None:
+        """Reads the verdict on the last step, unless that was done: its numbers count, or its pairs are named.
 
-        elsewhere: a loss of another process is at fault
+        To be called before anything is made of the step. Raises StepDPOError where it is refused, or passes over it.
         """
-        what = "not by a pair of this process" if elsewhere else culprits(self._parts, self.train_dataset.pairs)
-        where = f"step {self.state.global_step + 1}: not finite: {what}"
-        if self.args.on_nonfinite == "stop":
+        if self._verdict is None:
+            return
+        wrong = self._verdict.read(self.train_dataset.pairs)
+        where = f"step {self._verdict.step}: not finite: {wrong}"
+        if wrong is not None and self.args.on_nonfinite == "stop":  # again, if somebody goes on nevertheless
             # DeepSpeed takes its step within the backward pass
             left = "" if self.is_deepspeed_enabled else "; the weights are those of the step before"
             raise StepDPOError(
                 f"{where}{left}. Leave the pairs out, lower the learning rate, or pass over such steps with "
                 "on_nonfinite='skip'"
             )
-        logger.warning("%s; this step is skipped", where)
-        self._skipped += 1
-        model.zero_grad(set_to_none=True)
+        self._verdict, self._refused = None, wrong is not None
+        self._meter.settle(counts=not self._refused)
+        if self._refused:
+            logger.warning("%s; this step is skipped", where)
+            self._skipped += 1
 
     def _nothing(self) -> PackedBatch:
         """For a process with fewer passes than others, which must still take part in sums and gathers: with zeros."""
@@ -400,7 +412,10 @@ class StepDPOTrainer(Trainer):
         return torch.autocast(self.args.device.type, dtype=dtype, enabled=dtype is not None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._settle()  # also at the end of training, which logs what it took
         if "loss" in logs:
+            if self._refused:
+                logs.pop("grad_norm", None)
             metrics = self._meter.drain(self.accelerator, steps=self._steps - self._skipped)
             if self._skipped:
                 del logs["loss"]  # over all steps, the skipped ones too
@@ -427,6 +442,7 @@ class StepDPOTrainer(Trainer):
 
         Raises StepDPOError for another dataset once the policy has moved on, unless there is a ref_model.
         """
+        self._settle()
         self._meter.pause()
         self.prepare_references()
         if eval_dataset is not None:
@@ -440,6 +456,7 @@ class StepDPOTrainer(Trainer):
         metric_key_prefix: str = "test",
     ) -> PredictionOutput:
         """As `evaluate`, with what `compute_metrics` is given: (rewards, log-probs), each (N, 2), and (N,) zeros."""
+        self._settle()
         self._meter.pause()
         self.prepare_references()
         return super().predict(self._with_references(test_dataset, "test_dataset"), ignore_keys, metric_key_prefix)
@@ -509,6 +526,7 @@ class StepDPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Saves beside the checkpoints and renames, so that a checkpoint is whole or absent."""
+        self._settle()
         self._meter.pause()
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
@@ -547,6 +565,7 @@ class StepDPOTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`, with a model card after training; one that somebody else put there stays."""
+        self._settle()
         with nullcontext() if _internal_call else whole_state_dict(self.accelerator):
             super().save_model(output_dir, _internal_call)
         is_pushed = self.args.push_to_hub and output_dir in (None, self.args.output_dir)  # and got its card

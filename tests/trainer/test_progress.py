@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import time
+from typing import ClassVar
 
 import pytest
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
@@ -63,6 +64,20 @@ def test_what_a_terminal_shows(tiny_model, pairs, config, capsys, monkeypatch):
     logged = [line for line in capsys.readouterr().out.splitlines() if "'rewards/margins'" in line]
     assert len(logged) == 3
     assert all("pairs_per_second" not in line and "tokens/batch" in line for line in logged)
+
+
+def test_a_step_shows_when_it_ends(tiny_model, pairs, config):
+    """Also where it is not known yet whether its numbers are finite."""
+
+    class Shown(TrainerCallback):
+        pairs: ClassVar[list[int]] = []
+
+        def on_step_end(self, *given, **options):
+            self.pairs.append(trainer._meter.totals().pairs)
+
+    trainer = StepDPOTrainer(tiny_model(), config(logging_steps=4), pairs, callbacks=[Shown])
+    trainer.train()
+    assert Shown.pairs == [4, 8, 12, 16, 20, 24]
 
 
 def test_lines_where_there_is_no_terminal(tiny_model, pairs, config, capsys, monkeypatch, tmp_path):
