@@ -16,6 +16,10 @@ def kept_rows(rows: int, hidden_size: int) -> int:
     return min(rows, max(2 * hidden_size, 4 * CHUNK_ROWS))
 
 
+def in_groups(rows: int, hidden_size: int) -> bool:
+    return 4 * rows > 5 * kept_rows(rows, hidden_size)
+
+
 def milliseconds(path: str, rows: int, size: int, vocabulary: int) -> float:
     """Products, and what is moved beside them; a path is an implementation and what it computes.
 
@@ -27,11 +31,12 @@ def milliseconds(path: str, rows: int, size: int, vocabulary: int) -> float:
     logits = rows * vocabulary
     kept = kept_rows(rows, size) / rows
     groups = -(-rows // kept_rows(rows, size))
-    sums = (8 * (groups - 1) + 6) * vocabulary * size if groups > 1 else 0
+    sums = (8 * (groups - 1) + 6) * vocabulary * size
     chunks = -(-vocabulary // max(MIN_COLUMNS, Q_BYTES // (2 * rows)))
+    full = (3 + (1 - kept), 0.0, 6.0 * (2 - kept) * logits)
     library, triton, moved = {
-        "chunked, full": (3 + (1 - kept), 0.0, 6.0 * (2 - kept) * logits),
-        "chunked, loss": (3.0, 0.0, 6.0 * logits + sums),
+        "chunked, full": full,
+        "chunked, loss": (3.0, 0.0, 6.0 * logits + sums) if in_groups(rows, size) else full,
         "chunked, frozen": (2.0, 0.0, 6.0 * logits),
         "chunked, logp": (1.0, 0.0, 4.0 * logits),
         "fused, full": (2.0, 2.0, 8.0 * chunks * rows * size),
@@ -45,10 +50,10 @@ def gibibytes(path: str, rows: int, size: int, vocabulary: int) -> float:
     passing = chunk // 2  # Q of a chunk that is not kept
     kept = 2 * kept_rows(rows, size) * vocabulary
     sums = 4 * rows * size  # dX / g
-    kept_by_loss = kept if rows == kept_rows(rows, size) else kept + 4 * vocabulary * size  # and a float32 dW
+    full = chunk + kept + sums + (passing if rows > kept_rows(rows, size) else 0)
     total = {
-        "chunked, full": chunk + kept + sums + (passing if rows > kept_rows(rows, size) else 0),
-        "chunked, loss": chunk + kept_by_loss + sums,
+        "chunked, full": full,
+        "chunked, loss": chunk + kept + 4 * vocabulary * size + sums if in_groups(rows, size) else full,  # a float32 dW
         "chunked, frozen": chunk + passing + sums,
         "chunked, logp": chunk,
         "fused, full": max(Q_BYTES, 2 * rows * MIN_COLUMNS) + sums + 2 * rows * size + 4 * min(rows, SUM_ROWS) * size,

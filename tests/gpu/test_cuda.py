@@ -210,7 +210,7 @@ def test_heads_need_no_full_logits(impl: str) -> None:
 
 @pytest.mark.parametrize("of_dtype", ["float32", "bfloat16"])
 def test_a_loss_of_many_rows_takes_its_gradients_in_forward(of_dtype: str) -> None:
-    """In groups of at most 4,096 rows (float32: 2,048), without a wait; the reference's log-probs have the same bits."""
+    """In groups of at most 4,096 rows (float32: 2,048), without a wait, and with the bits that a reference gets."""
     rows, size, vocabulary, dtype = 6000, 64, 5003, DTYPES[of_dtype]
     signs = torch.tensor([1.0, -1.0], device="cuda").repeat_interleave(30).repeat(rows // 60)
     target = torch.randint(vocabulary, (rows,), device="cuda")

@@ -13,7 +13,7 @@ from torch import Tensor
 from stepdpo_kernels import _dispatch
 from stepdpo_kernels.ops.checks import check_below
 from stepdpo_kernels.ops.linear_logprob import chunked, cpu_kernel, parallel, reference
-from stepdpo_kernels.ops.linear_logprob.in_forward import Ends, LossInForward, by_groups, join_groups
+from stepdpo_kernels.ops.linear_logprob.in_forward import Ends, LossInForward, by_groups, in_groups, join_groups
 
 _T = TypeVar("_T")
 
@@ -76,8 +76,8 @@ def linear_loss(
 ) -> tuple[Tensor, _T]:
     """`loss_of(linear_logprob(...))` for a loss that falls apart into groups of rows, in three products for any R.
 
-    Where there are more rows than the implementation keeps what backward needs of, the gradients are taken in forward,
-    group by group (in_forward.py); otherwise as autograd has it.
+    Where there are many more rows than the implementation keeps what backward needs of, the gradients are taken in
+    forward, group by group (in_forward.py); otherwise as autograd has it.
 
     Args:
         hidden, weight, target, bias, softcap, logit_scale, impl: as for `linear_logprob`.
@@ -187,7 +187,7 @@ def _edges(problem: _Problem, ends: Ends) -> list[int] | None:
         return None
     rows, weight, home = problem.hidden.shape[0], problem.weight, _IN_FORWARD[problem.name]()
     limit = home.group_rows(weight)
-    if rows <= home.kept_rows(rows, weight) or home.kept_rows(limit, weight) < limit:
+    if not in_groups(rows, home.kept_rows(rows, weight)) or home.kept_rows(limit, weight) < limit:
         return None
     edges = join_groups(ends() if callable(ends) else ends, rows, limit)
     return edges if len(edges) > 2 else None
