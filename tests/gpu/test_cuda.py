@@ -212,6 +212,7 @@ def test_heads_need_no_full_logits(impl: str) -> None:
 def test_a_loss_of_many_rows_takes_its_gradients_in_forward(of_dtype: str) -> None:
     """In groups of at most 4,096 rows (float32: 2,048), without a wait, and with the bits that a reference gets."""
     rows, size, vocabulary, dtype = 6000, 64, 5003, DTYPES[of_dtype]
+    ends = range(60, rows + 1, 60)
     signs = torch.tensor([1.0, -1.0], device="cuda").repeat_interleave(30).repeat(rows // 60)
     target = torch.randint(vocabulary, (rows,), device="cuda")
     made = [torch.randn(n, size, device="cuda").to(dtype) / scale for n, scale in ((rows, 1), (vocabulary, 8))]
@@ -226,13 +227,13 @@ def test_a_loss_of_many_rows_takes_its_gradients_in_forward(of_dtype: str) -> No
         if way == "ours":
             torch.cuda.set_sync_debug_mode("error")
             try:
-                loss, logps = linear_loss(*leaves, target, range(60, rows + 1, 60), loss_of, impl="triton_chunked")
+                loss, logps = linear_loss(leaves[0], leaves[1], target, ends, loss_of, impl="triton_chunked")
                 gradients = torch.autograd.grad(loss, leaves)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             assert type(loss.grad_fn).__name__ == "LossInForwardBackward"
             with torch.no_grad():
-                again = grouped_logprob(*made, target, range(60, rows + 1, 60), impl="triton_chunked")
+                again = grouped_logprob(*made, target, ends, impl="triton_chunked")
             assert torch.equal(again, logps)
         else:
             loss, _ = loss_of(eager_logprob(*leaves, target))
