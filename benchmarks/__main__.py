@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.registry import SIZES, SUITES
 
-TUNED = ("head-chunked", "head-fused", "attention-forward", "attention-dq", "attention-dk")
+TUNED = ("head-chunked", "head-fused", "head-loss", "attention-forward", "attention-dq", "attention-dk")
 
 
 def main(arguments: list[str] | None = None) -> None:

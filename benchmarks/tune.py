@@ -87,6 +87,17 @@ def head_chunked(device: str, dtype: str) -> Kernel:
     )
 
 
+def head_loss(device: str, dtype: str) -> Kernel:
+    """Rows of dW that a product is added to at a time, where the loss of many rows sums it group by group."""
+    from stepdpo_kernels.ops.linear_logprob import triton_kernel as module
+
+    def put(rows: int) -> None:
+        module.SUM_ROWS = rows
+
+    changes = {"rows": 16_384} if device == "cuda" else {}
+    return Kernel("head", "ours-loss", changes, lambda: module.SUM_ROWS, put, lambda: [2048, 4096, 8192, 512])
+
+
 def attention(part: str) -> Callable[[str, str], Kernel]:
     """Tiles of one launch of tree attention: rows, keys, warps, stages; the others stay."""
 
@@ -116,6 +127,7 @@ def attention(part: str) -> Callable[[str, str], Kernel]:
 KERNELS: dict[str, Callable[[str, str], Kernel]] = {
     "head-chunked": head_chunked,
     "head-fused": head_fused,
+    "head-loss": head_loss,
     "attention-forward": attention("forward"),
     "attention-dq": attention("d_query"),
     "attention-dk": attention("d_key"),

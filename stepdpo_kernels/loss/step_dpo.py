@@ -131,10 +131,7 @@ class StepDPOLoss(nn.Module):
         Raises ValueError for shapes that do not fit, for missing ref_logps and for ref_logps where no type has a
         reference.
         """
-        if hidden.ndim != 3 or hidden.shape[0] % 2 or labels.shape != hidden.shape[:2]:
-            raise ValueError(
-                f"hidden must be (2P, L, D) and labels (2P, L), got {tuple(hidden.shape)} and {tuple(labels.shape)}"
-            )
+        _check_padded(hidden, labels)
         self._check(labels.shape[0] // 2, ref_logps, weights=weights, betas=betas, offsets=offsets)
         branches = _Branches(labels, token_weights)
 
@@ -156,8 +153,9 @@ class StepDPOLoss(nn.Module):
     ) -> Tensor:  # (2P,)
         """Branch log-probs of padded branches, chosen first, then rejected: what a reference contributes.
 
-        Arguments as in `forward`; differentiable.
+        Arguments as in `forward`; differentiable. Raises ValueError for shapes that do not fit.
         """
+        _check_padded(hidden, labels)
         branches = _Branches(labels, token_weights)
         rows, ends = branches.rows_of(hidden), branches.ends
         return branches.sums(grouped_logprob(rows, weight, branches.targets, ends, bias=bias, **self._head_options()))
@@ -367,6 +365,13 @@ class StepDPOLoss(nn.Module):
         return shown if self.simpo_gamma is None else f"{shown}, simpo_gamma={self.simpo_gamma}"
 
 
+def _check_padded(hidden: Tensor, labels: Tensor) -> None:
+    if hidden.ndim != 3 or hidden.shape[0] % 2 or labels.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"hidden must be (2P, L, D) and labels (2P, L), got {tuple(hidden.shape)} and {tuple(labels.shape)}"
+        )
+
+
 class _Branches:
     """The labelled tokens of padded branches as R rows, pair after pair: a pair's chosen branch, then its rejected one.
 
@@ -375,22 +380,18 @@ class _Branches:
     """
 
     def __init__(self, labels: Tensor, token_weights: Tensor | None) -> None:
-        self._shape = labels.shape  # (2P, L)
-        labels = self._by_pair(labels)  # (P, 2, L)
-        self._keep = labels != -100
-        self.targets = labels[self._keep]
-        counts = self._keep.sum(dim=2)  # (P, 2)
-        self._rows_of_pair = counts.sum(dim=1)  # (P,)
-        self._factors = None
+        by_pair = torch.arange(labels.shape[0], device=labels.device).view(2, -1).T  # (P, 2) branches
+        self._keep = labels[by_pair] != -100  # (P, 2, L)
+        pair, side, self._columns = self._keep.nonzero(as_tuple=True)
+        self._branches = by_pair[pair, side]
+        self.targets = labels[self._branches, self._columns]
+        counts = (labels != -100).sum(dim=1)  # (2P,)
+        self._rows_of_pair = counts.view(2, -1).sum(dim=0)  # (P,)
+        self.lengths, self._factors = counts, None
         if token_weights is not None:
-            factors = self._by_pair(_token_weights(token_weights, self._shape))
-            counts = factors.masked_fill(~self._keep, 0).sum(dim=2, dtype=torch.float64)
-            self._factors = factors[self._keep]
-        self.lengths = counts.T.flatten()
-
-    def _by_pair(self, values: Tensor) -> Tensor:
-        """(2P, L, ...), the chosen first, as (P, 2, L, ...), without a copy."""
-        return values.unflatten(0, (2, -1) if values.shape[0] else (2, 0)).transpose(0, 1)
+            factors = _token_weights(token_weights, labels.shape)
+            self.lengths = factors.masked_fill(labels == -100, 0).sum(dim=1, dtype=torch.float64)
+            self._factors = factors[self._branches, self._columns]
 
     def ends(self) -> list[int]:
         """After how many rows each pair ends."""
@@ -398,7 +399,7 @@ class _Branches:
         return ends
 
     def rows_of(self, hidden: Tensor) -> Tensor:  # (2P, L, D) -> (R, D)
-        return self._by_pair(hidden)[self._keep]
+        return hidden[self._branches, self._columns]
 
     def sums(self, token_logps: Tensor) -> Tensor:  # (R,) -> (2P,)
         """Log-probs of the branches, chosen first."""

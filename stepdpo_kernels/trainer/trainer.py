@@ -526,7 +526,7 @@ class StepDPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Saves beside the checkpoints and renames, so that a checkpoint is whole or absent."""
-        self._settle()
+        self._settle()  # before the folder is made, and the clock stops
         self._meter.pause()
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"

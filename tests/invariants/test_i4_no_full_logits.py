@@ -113,9 +113,16 @@ def inputs(rows, vocabulary):
     hidden, weight = (torch.randn(n, size).to(dtype).requires_grad_() for n in (rows, vocabulary))
     return hidden, weight, torch.randint(vocabulary, (rows,))
 def step(hidden, weight, target):
+    branches = hidden.unflatten(0, (-1, 32)), weight, target.unflatten(0, (-1, 32))
+    loss_fn = StepDPOLoss(reference_free=True, impl=impl)
     if sys.argv[6] == "loss":
-        branches = hidden.unflatten(0, (-1, 32)), weight, target.unflatten(0, (-1, 32))
-        StepDPOLoss(reference_free=True, impl=impl)(*branches).loss.backward()
+        loss_fn(*branches).loss.backward()
+    elif sys.argv[6] == "loss twice":
+        loss = loss_fn(*branches).loss
+        torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+        loss.backward()
+    elif sys.argv[6] == "sums":
+        loss_fn.logps(*branches).sum().backward()
     else:
         linear_logprob(hidden, weight, target, impl=impl).sum().backward()
 step(*inputs(64, 2000))  # what libraries set up once
@@ -150,6 +157,8 @@ def _resident(rows: int, vocabulary: int, size: int, impl: str, dtype: str, what
         ("auto", "bfloat16", 32, "log-probs"),
         ("chunked", "bfloat16", 32, "log-probs"),
         ("auto", "bfloat16", 128, "loss"),  # takes gradients in forward, 128 rows at a time
+        ("auto", "bfloat16", 128, "loss twice"),
+        ("auto", "bfloat16", 128, "sums"),
     ],
 )
 def test_resident_memory_of_a_fresh_process(impl: str, dtype: str, size: int, what: str) -> None:

@@ -39,7 +39,7 @@ def _in_groups(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
 
 
 def _taken_in_forward(out: StepDPOOutput) -> bool:
-    return type(out.loss.grad_fn).__name__ == "LossInForwardBackward"
+    return type(out.loss.grad_fn).__name__ == "ReadyBackward"
 
 
 def _both(call: Callable[[], StepDPOOutput], leaves: list[Tensor], rows: int) -> None:
@@ -105,6 +105,13 @@ def test_any_forest(problems: list[list[StepPair]], share: str) -> None:
     if len(batch.group_ends) > 1:
         loss_fn = StepDPOLoss(impl="cpu")
         _both(lambda: loss_fn.packed(packed_hidden(embedding, batch), weight, batch, refs), [embedding, weight], 1)
+
+
+def test_an_odd_number_of_branches() -> None:
+    embedding, weight = parameters(torch.float32)
+    hidden, labels = padded_hidden(embedding, PAIRS)
+    with pytest.raises(ValueError, match=r"hidden must be \(2P, L, D\) and labels \(2P, L\), got"):
+        StepDPOLoss().logps(hidden[:-1], weight, labels[:-1])
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

@@ -13,7 +13,20 @@ from torch import Tensor
 from stepdpo_kernels import _dispatch
 from stepdpo_kernels.ops.checks import check_below
 from stepdpo_kernels.ops.linear_logprob import chunked, cpu_kernel, parallel, reference
-from stepdpo_kernels.ops.linear_logprob.in_forward import Ends, LossInForward, by_groups, in_groups, join_groups
+from stepdpo_kernels.ops.linear_logprob.in_forward import (
+    Ends,
+    Gradients,
+    GroupedLogprob,
+    Needs,
+    Ready,
+    Run,
+    RunGroups,
+    Slope,
+    in_groups,
+    join_groups,
+    logprob_by_groups,
+    slope_of,
+)
 
 _T = TypeVar("_T")
 
@@ -56,10 +69,9 @@ def linear_logprob(
             device-side assertion, to spare a synchronisation; under torch.compile a RuntimeError), or an `impl`
             that cannot take the inputs.
     """
-    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
-    problem = _prepared(hidden, weight, target, options, group, vocab_start, impl)
+    problem = _prepared(hidden, weight, target, bias, softcap, logit_scale, impl, group, vocab_start)
     with torch.autocast(hidden.device.type, enabled=False):
-        return problem.run(problem.hidden, problem.weight, target, **problem.options)
+        return problem.logprob(None)
 
 
 def linear_loss(
@@ -74,10 +86,10 @@ def linear_loss(
     logit_scale: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, _T]:
-    """`loss_of(linear_logprob(...))` for a loss that falls apart into groups of rows, in three products for any R.
+    """`loss_of(linear_logprob(...))` for a loss that falls apart into groups of rows.
 
     Where there are many more rows than the implementation keeps what backward needs of, the gradients are taken in
-    forward, group by group (in_forward.py); otherwise as autograd has it.
+    forward, group by group (in_forward.py): three products for any R. Otherwise as autograd has it.
 
     Args:
         hidden, weight, target, bias, softcap, logit_scale, impl: as for `linear_logprob`.
@@ -92,17 +104,16 @@ def linear_loss(
     Raises:
         ValueError: as `linear_logprob`.
     """
-    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
-    problem = _prepared(hidden, weight, target, options, None, None, impl)
+    problem = _prepared(hidden, weight, target, bias, softcap, logit_scale, impl)
     edges = _edges(problem, ends)
     with torch.autocast(hidden.device.type, enabled=False):
-        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if edges is None or not (trained and torch.is_grad_enabled()):
-            return loss_of(_logprob(problem, target, edges))
-        run = _IN_FORWARD[problem.name]().loss_gradients
-        arguments = (target, softcap, logit_scale, edges, lambda logp: loss_of(logp)[0], run, problem.run)
-        loss, logp = LossInForward.apply(problem.hidden, problem.weight, problem.options["bias"], *arguments)
-        return loss, loss_of(logp)[1]
+        if edges is None or not problem.trained:
+            return loss_of(problem.logprob(edges))
+        slope, run = slope_of(lambda logp: loss_of(logp)[0]), problem.by_groups(edges)
+        with torch.no_grad():
+            logp, gradients = run(*problem.inputs, slope, problem.needs)
+            loss, other = loss_of(logp)
+        return Ready.apply(*problem.inputs, loss, gradients, run, slope), other
 
 
 def grouped_logprob(
@@ -117,10 +128,9 @@ def grouped_logprob(
     impl: str = "auto",
 ) -> Tensor:  # (R,)
     """`linear_logprob` by the very products that `linear_loss` takes for these rows and ends: for its reference."""
-    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
-    problem = _prepared(hidden, weight, target, options, None, None, impl)
+    problem = _prepared(hidden, weight, target, bias, softcap, logit_scale, impl)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _logprob(problem, target, _edges(problem, ends))
+        return problem.logprob(_edges(problem, ends))
 
 
 class _Problem(NamedTuple):
@@ -128,29 +138,76 @@ class _Problem(NamedTuple):
 
     hidden: Tensor
     weight: Tensor
-    options: dict[str, Any]
+    bias: Tensor | None
+    target: Tensor
+    options: dict[str, float | None]
     name: str
     sharded: bool
     run: Callable[..., Tensor]
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.hidden, self.weight, self.bias
+
+    @property
+    def needs(self) -> Needs:
+        trains_bias = self.bias is not None and self.bias.requires_grad
+        return Needs(self.hidden.requires_grad, self.weight.requires_grad, trains_bias)
+
+    @property
+    def trained(self) -> bool:
+        """Whether a gradient of weight or bias is wanted, for which Q has to be kept."""
+        return torch.is_grad_enabled() and (self.needs.weight or self.needs.bias)
+
+    def logprob(self, edges: list[int] | None) -> Tensor:  # (R,)
+        """Of all rows at once, or of the groups between edges one after the other."""
+        if edges is None:
+            return self.run(self.hidden, self.weight, self.target, bias=self.bias, **self.options)
+        plain = partial(logprob_by_groups, self.run, self.target, self.options, edges)
+        if not self.trained:
+            return plain(*self.inputs)
+        return GroupedLogprob.apply(*self.inputs, plain, self.by_groups(edges))
+
+    def by_groups(self, edges: list[int]) -> RunGroups:
+        """Holds none of the inputs: autograd has them."""
+        return partial(_run_groups, self.name, self.target, self.options, edges)
+
+
+def _run_groups(
+    name: str,
+    target: Tensor,
+    options: dict[str, float | None],
+    edges: list[int],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slope: Slope,
+    needs: Needs,
+) -> tuple[Tensor, Gradients]:
+    run: Run = _IN_FORWARD[name]().loss_gradients
+    rest = (options["softcap"], options["logit_scale"], edges, slope, needs)
+    with torch.autocast(hidden.device.type, enabled=False):  # backward may be called inside
+        return run(hidden, weight, target, bias, *rest)
 
 
 def _prepared(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    options: dict[str, Any],
-    group: dist.ProcessGroup | None,
-    vocab_start: int | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
     impl: str,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> _Problem:
     """Checked, in the dtype of autocast, with the implementation chosen."""
-    bias = options["bias"]
     if parallel.is_distributed(weight):
         hidden, weight, bias, group, vocab_start = parallel.localize(hidden, weight, bias)
     if (group is None) != (vocab_start is None):
         raise ValueError("group and vocab_start go together: the processes, and where this one's rows begin")
     sharded = group is not None
-    _check(hidden, weight, target, bias, options["softcap"], options["logit_scale"], sharded=sharded)
+    _check(hidden, weight, target, bias, softcap, logit_scale, sharded=sharded)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -162,7 +219,8 @@ def _prepared(
         run = _no_rows
     elif group is not None and vocab_start is not None:
         run = partial(parallel.linear_logprob, name, group=group, first=vocab_start)
-    return _Problem(hidden, weight, {**options, "bias": bias}, name, sharded, run)
+    options = {"softcap": softcap, "logit_scale": logit_scale}
+    return _Problem(hidden, weight, bias, target, options, name, sharded, run)
 
 
 def _no_rows(hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, **_: float | None) -> Tensor:
@@ -171,19 +229,15 @@ def _no_rows(hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | N
     return nothing.to(torch.promote_types(hidden.dtype, torch.float32)).expand(0)
 
 
-def _logprob(problem: _Problem, target: Tensor, edges: list[int] | None) -> Tensor:
-    if edges is None:
-        return problem.run(problem.hidden, problem.weight, target, **problem.options)
-    return by_groups(problem.run, problem.hidden, problem.weight, target, edges, **problem.options)
-
-
 def _edges(problem: _Problem, ends: Ends) -> list[int] | None:
     """Where the groups lie that are computed one after the other; None for all rows at once.
 
     A matter of sizes and of the implementation alone, not of what needs a gradient: policy and reference go through
-    the same products.
+    the same products, unless one of them is compiled, where there are no groups.
     """
     if problem.sharded or problem.name not in _IN_FORWARD or torch.compiler.is_compiling():
+        return None
+    if problem.weight.dtype == torch.float16:  # gradients without the scale of the loss have no room in it
         return None
     rows, weight, home = problem.hidden.shape[0], problem.weight, _IN_FORWARD[problem.name]()
     limit = home.group_rows(weight)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdpo_kernels.ops.linear_logprob.in_forward import Gradients, Needs, Slope, slope_of
+from stepdpo_kernels.ops.linear_logprob.in_forward import Gradients, Needs, Slope
 
 logger = logging.getLogger("stepdpo_kernels")
 
@@ -215,7 +215,7 @@ def loss_gradients(
     vocabulary, size = weight.shape
     logp = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     d_hidden = torch.empty_like(hidden) if needs.hidden else None
-    kept = torch.empty(vocabulary, size, dtype=weight.dtype)
+    kept = torch.empty(vocabulary if needs.weight else 0, size, dtype=weight.dtype)
     sums = torch.empty(vocabulary, size) if needs.weight else None
     d_bias = torch.zeros(vocabulary) if needs.bias else None
     for start, stop in pairwise(edges):
@@ -223,7 +223,7 @@ def loss_gradients(
         problem = (hidden[rows], weight, target[rows], bias, softcap, logit_scale)
         extra = weight.new_empty(vocabulary * extra_rows(stop - start, size, vocabulary, hidden.element_size()))
         logp[rows], row, dx = ops.linear_logprob_forward_(*problem, needs.hidden, kept, extra)
-        grad = slope_of(slope, logp, rows)
+        grad = slope(logp, rows)
         if d_hidden is not None:
             d_hidden[rows] = grad[:, None] * dx
         if sums is None:

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# (R,) log-probs -> (R,) gradient of the loss in them
-Slope = Callable[[Tensor], Tensor]
+# (log-probs (R,), of which those of a group are there; its rows) -> (rows,) gradient of the loss in them
+Slope = Callable[[Tensor, slice], Tensor]
 # rising, after how many rows a group of them ends, the last one R; or what gives it, for when it is asked
 Ends = Sequence[int] | Callable[[], Sequence[int]]
 
@@ -61,6 +61,10 @@ class Run(Protocol):
     ) -> tuple[Tensor, Gradients]: ...
 
 
+# (hidden, weight, bias, slope, needs), the rest of `Run` being known
+RunGroups = Callable[[Tensor, Tensor, Tensor | None, Slope, Needs], tuple[Tensor, Gradients]]
+
+
 def in_groups(rows: int, kept: int) -> bool:
     """Whether groups are worth it: to compute a few rows again costs less than to add to a float32 dW."""
     return 4 * rows > 5 * kept
@@ -80,74 +84,90 @@ def join_groups(ends: Sequence[int], rows: int, limit: int) -> list[int]:
     return edges
 
 
-def slope_of(slope: Slope, logp: Tensor, rows: slice) -> Tensor:
-    """(rows,) gradient of the loss in the log-probs of a group, which does not depend on the others."""
-    alone = torch.zeros_like(logp)
-    alone[rows] = logp[rows]
-    return slope(alone)[rows]
+def slope_of(loss_of: Callable[[Tensor], Tensor]) -> Slope:
+    """The gradient of a loss in the log-probs of a group, which does not depend on those of others."""
+
+    def slope(logp: Tensor, rows: slice) -> Tensor:
+        alone = torch.zeros_like(logp)
+        alone[rows] = logp[rows]
+        # The hooks of a checkpoint around all this would compute it again for each of these small graphs.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            (gradient,) = torch.autograd.grad(loss_of(alone.requires_grad_()), alone)
+        return gradient[rows]
+
+    return slope
 
 
-class LossInForward(torch.autograd.Function):
-    """(loss, log-probs (R,)); only the loss carries a gradient."""
+class Ready(torch.autograd.Function):
+    """A loss () whose gradients are there already; `run` and `slope` are what they came from."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,  # (R, D)
-        weight: Tensor,  # (V, D)
-        bias: Tensor | None,  # (V,)
-        target: Tensor,  # (R,)
-        softcap: float | None,
-        logit_scale: float | None,
-        edges: Sequence[int],
-        loss_of: Callable[[Tensor], Tensor],
-        run: Run,
-        plain: Callable[..., Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        def slope(logp: Tensor) -> Tensor:
-            with torch.enable_grad():
-                leaf = logp.detach().requires_grad_()
-                return torch.autograd.grad(loss_of(leaf), leaf)[0]
-
-        needs = Needs(*ctx.needs_input_grad[:3])
-        logp, ctx.ready = run(hidden, weight, target, bias, softcap, logit_scale, edges, slope, needs)
-        ctx.save_for_backward(hidden, weight, bias, target, logp)
-        ctx.slope, ctx.plain, ctx.edges = slope, plain, edges
-        ctx.options = {"softcap": softcap, "logit_scale": logit_scale}
-        ctx.mark_non_differentiable(logp)
-        return loss_of(logp).detach(), logp
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss: Tensor,
+        gradients: Gradients,
+        run: RunGroups,
+        slope: Slope,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.gradients, ctx.run, ctx.slope = gradients, run, slope
+        return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        ready: Gradients | None = ctx.ready
-        ctx.ready = None  # they are handed on, not copied
-        if ready is None:
-            ready = _again(ctx)
-        return (*(None if x is None else x.mul_(grad) for x in ready), *(None,) * 7)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        gradients: Gradients | None = ctx.gradients
+        ctx.gradients = None  # handed on, not copied: a second backward through a retained graph has to compute them
+        if gradients is None:
+            _, gradients = ctx.run(*ctx.saved_tensors, ctx.slope, Needs(*ctx.needs_input_grad[:3]))
+        return (*(None if x is None else x.mul_(grad) for x in gradients), *(None,) * 4)
 
 
-def _again(ctx: Any) -> Gradients:
-    """For a second backward through a retained graph, by the implementation's own forward and backward."""
-    hidden, weight, bias, target, logp = ctx.saved_tensors
-    x: Any
-    w: Any
-    b: Any
-    with torch.enable_grad():
-        x, w, b = (
-            None if t is None else t.detach().requires_grad_(needed)
-            for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-        )
-        again = by_groups(ctx.plain, x, w, target, ctx.edges, bias=b, **ctx.options)
-    needed = [t for t in (x, w, b) if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(again, needed, ctx.slope(logp)))
-    return Gradients(*(next(found) if t is not None and t.requires_grad else None for t in (x, w, b)))
+class GroupedLogprob(torch.autograd.Function):
+    """Log-probs (R,) for any gradient by the products that `Ready`'s come from: a reference's, should it be trained.
+
+    Keeps nothing but its inputs; backward goes through the groups once more, with four products in all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logprob: Callable[..., Tensor],
+        run: RunGroups,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.run = run
+        return logprob(hidden, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        needs = Needs(*ctx.needs_input_grad[:3])
+        _, gradients = ctx.run(*ctx.saved_tensors, lambda logp, rows: grad[rows], needs)
+        return (*gradients, None, None)
 
 
-def by_groups(
-    plain: Callable[..., Tensor], hidden: Tensor, weight: Tensor, target: Tensor, edges: Sequence[int], **options: Any
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_logprob by groups of rows has no second derivative; use impl='reference'")
+
+
+def logprob_by_groups(
+    plain: Callable[..., Tensor],
+    target: Tensor,
+    options: dict[str, float | None],
+    edges: Sequence[int],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
 ) -> Tensor:  # (R,)
-    """Log-probs by the products that `LossInForward` takes: for a reference, which is to give the same bits."""
+    """Log-probs by an implementation's own `linear_logprob`, one group after the other."""
     sizes = [stop - start for start, stop in pairwise(edges)]
     parts = zip(hidden.split(sizes), target.split(sizes), strict=True)
-    return torch.cat([plain(x, weight, t, **options) for x, t in parts])
+    return torch.cat([plain(x, weight, t, bias=bias, **options) for x, t in parts])

@@ -18,10 +18,10 @@ from the very same code, whose stores are masked then. Three products for a full
 others; two for a frozen head; one for log-probs.
 
 Rows of a chunk: 1,024, halved until a chunk's logits fit a sixteenth of the device's memory, at least 128. Rows kept:
-as many as fit a bfloat16 [min(R, 2D), V], where that is more than four chunks of rows no more than a float32 dW; four
-chunks always, since adding to a float32 dW, a group of rows after the other (in_forward.py), costs the more the fewer
-rows a group has: 8 bytes for 6 of its rows' operations, on an H100 7% at 4,096 rows. The total memory counts, not what
-is free at the moment: the policy and its reference must go through the same products to give the same bits.
+2D, whose Q in 16 bits is as large as a float32 dW, or four chunks if that is more; in float32 half of them. With fewer,
+adding to a float32 dW, one group of rows after the other (in_forward.py), would cost more than 7% on an H100. The total
+memory counts, not what is free at the moment: policy and reference must go through the same products to give the same
+bits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepdpo_kernels.ops.linear_logprob import triton_kernel
-from stepdpo_kernels.ops.linear_logprob.in_forward import Gradients, Needs, Slope, slope_of
+from stepdpo_kernels.ops.linear_logprob.in_forward import Gradients, Needs, Slope
 from stepdpo_kernels.ops.linear_logprob.triton_kernel import Problem, add_product, around_launches, product, scaled
 
 CHUNK_ROWS = 1024
@@ -59,7 +59,7 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 def kept_rows(rows: int, weight: Tensor) -> int:
     """Rows whose Q is kept for dW."""
     most = max(2 * weight.shape[1], 4 * chunk_rows(weight.shape[0], weight.device))
-    return min(rows, 2 * min(rows, most) // weight.dtype.itemsize)
+    return min(rows, 2 * most // weight.dtype.itemsize)
 
 
 # ---- helpers and forward --------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def _row_kernel(
             tl.store(q_out + start + lane, (-e * slope).to(q_out.dtype.element_ty), mask=start + lane < written)
     row_top = tl.max(top, axis=0)
     total = tl.sum(totals, axis=0)
-    far = row_top > HEADROOM
+    far = (row_top > HEADROOM) | (hit == -float("inf"))
     if far:
         ref += row_top
         totals = tl.zeros([BLOCK], tl.float32)
@@ -126,7 +126,7 @@ def _row_kernel(
     if NORMALISED or far:
         q_hit *= factor
         factor = own * 0 + 1
-        for start in range(0, V, BLOCK):
+        for start in range(0, written, BLOCK):
             z, slope = _load_logits(logits, bias, start, V, scale, softcap, BLOCK, BIAS, SOFTCAP)
             q = triton_kernel._gradient(z, slope, start + lane == wanted, ref, log_sum)
             tl.store(q_out + start + lane, q.to(q_out.dtype.element_ty), mask=start + lane < written)
@@ -419,7 +419,7 @@ def loss_gradients(
         rows = slice(start, stop)
         problem = (hidden[rows], weight, target[rows], bias, softcap, logit_scale)
         logp[rows], stats, dx, kept_q = _forward(*problem, needs.hidden, True)
-        grad = slope_of(slope, logp, rows)
+        grad = slope(logp, rows)
         if d_hidden is not None:
             d_hidden[rows] = (grad * stats[2])[:, None] * dx
         add_weight_gradients(Problem(*problem), grad, stats, kept_q, total, d_bias, add=start > 0)
