@@ -109,31 +109,35 @@ def _row_kernel(
     row_top = tl.max(top, axis=0)
     total = tl.sum(totals, axis=0)
     far = (row_top > HEADROOM) | (hit == -float("inf"))
-    if far:
-        ref += row_top
+    if NORMALISED or far:  # the sum relative to the maximum, then Q as it is
+        ref += tl.where(far, row_top, 0.0)
         totals = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             z, _ = _load_logits(logits, bias, start, V, scale, softcap, BLOCK, BIAS, SOFTCAP)
             totals += tl.exp(tl.where(start + lane == wanted, -float("inf"), z - ref))
         total = tl.sum(totals, axis=0)
-    own = tl.exp(hit - ref)
-    everything = own + total
-    log_sum = tl.log(everything)
-    if own == 1:  # log(1 + s) to the last digit of a small s
-        log_sum = tl.where(everything == 1, total, log_sum * (total / tl.where(everything == 1, 1.0, everything - 1)))
-    factor = 1 / everything
-    q_hit = total * hit_slope
-    if NORMALISED or far:
-        q_hit *= factor
-        factor = own * 0 + 1
+        log_everything = tl.log(tl.exp(hit - ref) + total)
         for start in range(0, written, BLOCK):
             z, slope = _load_logits(logits, bias, start, V, scale, softcap, BLOCK, BIAS, SOFTCAP)
-            q = triton_kernel._gradient(z, slope, start + lane == wanted, ref, log_sum)
+            q = triton_kernel._gradient(z, slope, start + lane == wanted, ref, log_everything)
             tl.store(q_out + start + lane, q.to(q_out.dtype.element_ty), mask=start + lane < written)
+    own = tl.exp(hit - ref)  # 1, unless far
+    everything = own + total
+    # log(1 + s) to the last digit of a small s
+    exact = (own == 1) & (everything != 1)
+    correction = tl.where(exact, total / tl.where(exact, everything - 1, 1.0), 1.0)
+    log_sum = tl.where((own == 1) & (everything == 1), total, tl.log(everything) * correction)
+    q_hit = total * hit_slope
+    factor = 1 / everything
+    if NORMALISED:
+        q_hit *= factor
+        factor = own * 0 + 1
     else:
+        q_hit *= tl.where(far, factor, 1.0)
         # The target's is the largest of Q: what rounding does to it, the factor undoes.
         rounded = q_hit.to(q_out.dtype.element_ty).to(tl.float32)
-        factor *= tl.where(rounded == 0, 1.0, q_hit / tl.where(rounded == 0, 1.0, rounded))
+        undone = tl.where(rounded == 0, 1.0, q_hit / tl.where(rounded == 0, 1.0, rounded))
+        factor = tl.where(far, 1.0, factor * undone)
     tl.debug_barrier()  # another thread has written there
     tl.store(q_out + wanted, q_hit.to(q_out.dtype.element_ty), mask=wanted < written)
     tl.store(logp + row, (hit - ref) - log_sum)
