@@ -46,8 +46,8 @@ KERNELS_PATH = $(if $(TRITON),PYTHONPATH=.cache/triton-$(TRITON))
 kernels: $(ENV)
 	$(if $(TRITON),$(PIP) install --quiet --no-deps --target .cache/triton-$(TRITON) triton==$(TRITON) 'numpy<2.4')
 	$(KERNELS_PATH) $(PY) -m tests.compiled_kernels
-	$(KERNELS_PATH) TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_triton_head.py tests/ops/test_triton_attention.py \
-		tests/ops/test_pair_loss.py tests/ops/test_ragged.py
+	$(KERNELS_PATH) TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_triton_head.py tests/ops/test_in_forward.py \
+		tests/ops/test_triton_attention.py tests/ops/test_pair_loss.py tests/ops/test_ragged.py
 
 # Each version beside the environment, not into it. On CPUs 1.15 itself runs in Triton's interpreter alone, which takes
 # minutes for every test.
