@@ -157,23 +157,29 @@ class FusedLinearStepDPOLoss(nn.Module):
         labels = target.masked_fill(target == self.ignore_index, -100)
         pairs = target.shape[0] // 2
         lengths = (labels != -100).sum(1)  # (2P,)
-        sums = self.log_probs.logps(_input, lin_weight, labels, bias=bias)  # (2P,)
         divisor = lengths if self.average_log_prob else torch.ones_like(lengths)
-        logps = sums / divisor
-        ratios = logps
+        ref_logps: Tensor | float = 0.0
         if self.use_ref_model and ref_input is not None and ref_weight is not None:
             with torch.no_grad():
                 ref_logps = self.log_probs.logps(ref_input, ref_weight, labels, bias=ref_bias) / divisor
-            ratios = logps - ref_logps
-        rewards = self.beta * ratios
-        chosen, rejected = rewards.chunk(2)
-        losses = _LOSSES[self.loss_type](chosen, rejected, self.beta, self.label_smoothing, self.discopop_tau)
-        loss, nll = losses.sum() / pairs, torch.zeros_like(losses.sum())
-        if self.compute_nll_loss:
-            nll = -sums[:pairs].sum() / lengths[:pairs].sum()
-            loss = loss + self.alpha * nll
-        metrics = (*logps.chunk(2), *_logit_means(_input, lin_weight, bias), nll, chosen, rejected)
-        return loss, _Metrics(*(x.detach() for x in metrics))
+
+        def loss_of(sums: Tensor) -> tuple[Tensor, list[Tensor]]:
+            logps = sums / divisor
+            rewards = self.beta * (logps - ref_logps)
+            chosen, rejected = rewards.chunk(2)
+            losses = _LOSSES[self.loss_type](chosen, rejected, self.beta, self.label_smoothing, self.discopop_tau)
+            loss, nll = losses.sum() / pairs, torch.zeros_like(losses.sum())
+            if self.compute_nll_loss:
+                nll = -sums[:pairs].sum() / lengths[:pairs].sum()
+                loss = loss + self.alpha * nll
+            return loss, [x.detach() for x in (*logps.chunk(2), nll, chosen, rejected)]
+
+        loss, (chosen_logps, rejected_logps, nll, chosen, rejected) = self.log_probs.pairwise(
+            _input, lin_weight, labels, loss_of, bias=bias
+        )
+        chosen_mean, rejected_mean = _logit_means(_input, lin_weight, bias)
+        metrics = (chosen_logps, rejected_logps, chosen_mean, rejected_mean, nll, chosen, rejected)
+        return loss, _Metrics(*metrics)
 
 
 @torch.no_grad()

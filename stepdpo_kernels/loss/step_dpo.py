@@ -9,7 +9,7 @@ What other types of loss make of h stands in pair_losses.py beside this file.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from stepdpo_kernels.ops.linear_logprob import Ends, grouped_logprob, linear_los
 from stepdpo_kernels.ops.pair_loss import PairLoss, pair_loss
 from stepdpo_kernels.ops.ragged import gather_rows, sum_rows
 from stepdpo_kernels.types import PackedBatch
+
+_T = TypeVar("_T")
 
 
 class StepDPOOutput(NamedTuple):
@@ -159,6 +161,37 @@ class StepDPOLoss(nn.Module):
         branches = _Branches(labels, token_weights)
         rows, ends = branches.rows_of(hidden), branches.ends
         return branches.sums(grouped_logprob(rows, weight, branches.targets, ends, bias=bias, **self._head_options()))
+
+    def pairwise(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_of: Callable[[Tensor], tuple[Tensor, _T]],
+        *,
+        bias: Tensor | None = None,
+        token_weights: Tensor | None = None,
+    ) -> tuple[Tensor, _T]:
+        """A loss of one's own on the branch log-probs, at the cost of this one: three head products for any R.
+
+        Args:
+            hidden, weight, labels, bias, token_weights: as in `forward`.
+            loss_of: branch log-probs (2P,), chosen first, then rejected -> (scalar loss, anything else, without a
+                gradient). The loss must be a sum over pairs, each term of the log-probs of its pair alone. It may be
+                called several times, also with log-probs of 0 for all pairs but some.
+
+        Returns what loss_of gives for all pairs; the loss is differentiable in hidden, weight and bias.
+
+        Raises ValueError for shapes that do not fit.
+        """
+        _check_padded(hidden, labels)
+        branches = _Branches(labels, token_weights)
+
+        def of_tokens(token_logps: Tensor) -> tuple[Tensor, _T]:
+            return loss_of(branches.sums(token_logps))
+
+        rows, targets = branches.rows_of(hidden), branches.targets
+        return linear_loss(rows, weight, targets, branches.ends, of_tokens, bias=bias, **self._head_options())
 
     def packed(
         self,

@@ -110,8 +110,33 @@ def test_any_forest(problems: list[list[StepPair]], share: str) -> None:
 def test_an_odd_number_of_branches() -> None:
     embedding, weight = parameters(torch.float32)
     hidden, labels = padded_hidden(embedding, PAIRS)
-    with pytest.raises(ValueError, match=r"hidden must be \(2P, L, D\) and labels \(2P, L\), got"):
-        StepDPOLoss().logps(hidden[:-1], weight, labels[:-1])
+    for call in (StepDPOLoss().logps, StepDPOLoss().pairwise):
+        options = {} if call.__name__ == "logps" else {"loss_of": lambda logps: (logps.sum(), None)}
+        with pytest.raises(ValueError, match=r"hidden must be \(2P, L, D\) and labels \(2P, L\), got"):
+            call(hidden[:-1], weight, labels[:-1], **options)
+
+
+def test_a_loss_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step-DPO written down by hand, in groups, is StepDPOLoss."""
+    _in_groups(monkeypatch, 4)
+    embedding, weight = parameters(torch.float32)
+    hidden, labels = padded_hidden(embedding, PAIRS)
+    token_weights, refs = 0.1 + torch.rand(labels.shape), -5 + torch.randn(2 * P)
+    loss_fn = StepDPOLoss(0.3, impl="cpu")
+
+    def loss_of(logps: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, rejected = (logps - refs).chunk(2)
+        return -torch.nn.functional.logsigmoid(0.3 * (chosen - rejected)).mean(), logps.detach()
+
+    loss, logps = loss_fn.pairwise(hidden, weight, labels, loss_of, token_weights=token_weights)
+    own = loss_fn(hidden, weight, labels, refs, token_weights=token_weights)
+    assert _taken_in_forward(own)
+    assert type(loss.grad_fn) is type(own.loss.grad_fn)
+    assert torch.equal(logps, torch.cat([own.chosen_logps, own.rejected_logps]))
+    torch.testing.assert_close(loss, own.loss)
+    leaves = [embedding, weight]
+    ours, theirs = (torch.autograd.grad(x, leaves, retain_graph=True) for x in (loss, own.loss))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
