@@ -32,6 +32,7 @@ from stepdpo_kernels.types import StepDPOError
 
 SHARDINGS = ("none", "ddp", "fsdp", "zero3")
 CHUNK_ROWS = 1024  # rows whose float32 logits the head holds at once on a GPU
+LEAST_WORK = 1 << 37  # multiplications of a product of rows that the head takes gradients of in forward
 # Bytes of state for each trained parameter, by `TrainingArguments.optim`. Adam keeps two numbers of the parameter's
 # dtype; what is not listed is taken for Adam.
 _STATES = {
@@ -254,7 +255,9 @@ def _head(sizes: ModelSizes, rows: int, width: int, sharded: bool) -> int:
         return logits + logits // 2 + sums  # and what becomes of them, in bfloat16
     most = max(2 * sizes.hidden, 4 * CHUNK_ROWS)
     kept = 2 * min(rows, most) * sizes.vocabulary
-    if 4 * rows > 5 * most:  # gradients are taken in forward, group by group, into a float32 sum
+    if (
+        4 * rows > 5 * most and most * sizes.vocabulary * sizes.hidden >= LEAST_WORK
+    ):  # gradients are taken in forward, group by group, into a float32 sum
         kept += 4 * sizes.vocabulary * sizes.hidden
     # The head's gradient beside the sum so far; under FSDP and ZeRO-3 it is among what is gathered.
     gradient = 0 if sharded else (width + (sizes.full if sizes.full != width else 0)) * sizes.vocabulary * sizes.hidden

@@ -35,6 +35,7 @@ KINDS: list[dict[str, Any]] = [
 
 def _in_groups(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(cpu_kernel, "group_rows", lambda weight: rows)
+    monkeypatch.setattr(cpu_kernel, "LEAST_WORK", 0)
     monkeypatch.setattr(cpu_kernel, "kept_rows", lambda all_rows, weight: min(all_rows, rows))
 
 

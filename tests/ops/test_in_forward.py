@@ -36,8 +36,10 @@ OPTIONS: dict[str, dict[str, Any]] = {"plain": {}, "all": {"bias": True, "softca
 def _little_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of 32 rows, of which each implementation keeps what it needs."""
     monkeypatch.setattr(cpu_kernel, "group_rows", lambda weight: 32)
+    monkeypatch.setattr(cpu_kernel, "LEAST_WORK", 0)
     monkeypatch.setattr(cpu_kernel, "kept_rows", lambda rows, weight: min(rows, 32))
     if interpreted:
+        monkeypatch.setattr(triton_chunked, "LEAST_WORK", 0)
         monkeypatch.setattr(triton_chunked, "kept_rows", lambda rows, weight: min(rows, 32))
         monkeypatch.setattr(triton_chunked, "chunk_rows", lambda vocabulary, device: 24)
         monkeypatch.setattr(triton_chunked, "MIN_COLUMNS", 64)
@@ -333,13 +335,13 @@ def test_groups_are_joined(sizes: list[int], limit: int) -> None:
 def test_where_groups_begin(
     impl: str, dtype: torch.dtype, size: int, kept: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a quarter more rows than are kept, of the sizes that there are."""
+    """With a quarter more rows than are kept, of sizes that there are, where a product of a group takes its time."""
     monkeypatch.undo()
     if impl == "triton_chunked" and not interpreted:
         pytest.skip("needs triton")
 
-    def edges(rows: int, of: torch.dtype = dtype) -> list[int] | None:
-        hidden, weight = (torch.empty(n, size, dtype=of) for n in (rows, 8))
+    def edges(rows: int, of: torch.dtype = dtype, vocabulary: int = 1 << 17) -> list[int] | None:
+        hidden, weight = (torch.empty(1, 1, dtype=of).expand(n, size) for n in (rows, vocabulary))
         problem = api._Problem(hidden, weight, None, torch.empty(rows), {}, impl, False, linear_logprob)
         return api._edges(problem, [*range(64, rows, 64), rows])
 
@@ -347,3 +349,4 @@ def test_where_groups_begin(
     assert edges(most) is None
     assert edges(most + 1) == [*range(0, most + 1, group), most + 1]
     assert edges(most + 1, torch.float16) is None
+    assert edges(most + 1, vocabulary=300) is None

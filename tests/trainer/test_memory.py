@@ -159,6 +159,7 @@ def test_arguments_that_mean_nothing() -> None:
 
 def test_the_head_is_that_of_the_implementation() -> None:
     assert memory.CHUNK_ROWS == triton_chunked.CHUNK_ROWS
+    assert memory.LEAST_WORK == triton_chunked.LEAST_WORK
 
 
 @pytest.mark.parametrize("table", [make_scale.table, make_scale.large_table])

@@ -243,6 +243,8 @@ def _edges(problem: _Problem, ends: Ends) -> list[int] | None:
     limit = home.group_rows(weight)
     if not in_groups(rows, home.kept_rows(rows, weight)) or home.kept_rows(limit, weight) < limit:
         return None
+    if limit * weight.numel() < home.LEAST_WORK:
+        return None
     edges = join_groups(ends() if callable(ends) else ends, rows, limit)
     return edges if len(edges) > 2 else None
 

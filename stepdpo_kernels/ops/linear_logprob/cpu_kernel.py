@@ -25,6 +25,9 @@ logger = logging.getLogger("stepdpo_kernels")
 ROW_BLOCK = 128  # kRows in csrc/linear_logprob.cpp
 LANES = 16  # rows are padded to a multiple of this
 DTYPES = (torch.float32, torch.bfloat16)
+# Multiplications of a group's product: with fewer, computing logits again is cheaper than asking the loss for a slope,
+# which takes a millisecond or two.
+LEAST_WORK = 1 << 28
 
 
 def extra_rows(rows: int, hidden_size: int, vocabulary: int, element_bytes: int, limit_bytes: int | None = None) -> int:
