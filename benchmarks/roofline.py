@@ -6,6 +6,8 @@ No figure here is measured by us. Rates are published ones: 700 TFLOP/s for cuBL
 
 from __future__ import annotations
 
+from stepdpo_kernels.ops.linear_logprob.in_forward import in_groups
+
 LIBRARY, TRITON, BYTES = 700e12, 400e12, 3.35e12  # FLOP/s, FLOP/s, bytes/s
 HEADS = {"Qwen2-7B": (3584, 152_064), "Llama-3-8B": (4096, 128_256), "Qwen2-72B": (8192, 152_064)}
 ROWS = (1024, 4096, 16_384)
@@ -14,10 +16,6 @@ CHUNK_ROWS, Q_BYTES, SUM_ROWS, MIN_COLUMNS = 1024, 32 * 2**20, 1024, 512  # of t
 
 def kept_rows(rows: int, hidden_size: int) -> int:
     return min(rows, max(2 * hidden_size, 4 * CHUNK_ROWS))
-
-
-def in_groups(rows: int, hidden_size: int) -> bool:
-    return 4 * rows > 5 * kept_rows(rows, hidden_size)
 
 
 def milliseconds(path: str, rows: int, size: int, vocabulary: int) -> float:
@@ -36,7 +34,7 @@ def milliseconds(path: str, rows: int, size: int, vocabulary: int) -> float:
     full = (3 + (1 - kept), 0.0, 6.0 * (2 - kept) * logits)
     library, triton, moved = {
         "chunked, full": full,
-        "chunked, loss": (3.0, 0.0, 6.0 * logits + sums) if in_groups(rows, size) else full,
+        "chunked, loss": (3.0, 0.0, 6.0 * logits + sums) if in_groups(rows, kept_rows(rows, size)) else full,
         "chunked, frozen": (2.0, 0.0, 6.0 * logits),
         "chunked, logp": (1.0, 0.0, 4.0 * logits),
         "fused, full": (2.0, 2.0, 8.0 * chunks * rows * size),
@@ -49,11 +47,11 @@ def gibibytes(path: str, rows: int, size: int, vocabulary: int) -> float:
     chunk = 4 * min(rows, CHUNK_ROWS) * vocabulary
     passing = chunk // 2  # Q of a chunk that is not kept
     kept = 2 * kept_rows(rows, size) * vocabulary
-    sums = 4 * rows * size  # dX / g
+    sums, d_weight = 4 * rows * size, 4 * vocabulary * size  # of dX / g, and of dW, in float32
     full = chunk + kept + sums + (passing if rows > kept_rows(rows, size) else 0)
     total = {
         "chunked, full": full,
-        "chunked, loss": chunk + kept + 4 * vocabulary * size + sums if in_groups(rows, size) else full,  # a float32 dW
+        "chunked, loss": chunk + kept + d_weight + sums if in_groups(rows, kept_rows(rows, size)) else full,
         "chunked, frozen": chunk + passing + sums,
         "chunked, logp": chunk,
         "fused, full": max(Q_BYTES, 2 * rows * MIN_COLUMNS) + sums + 2 * rows * size + 4 * min(rows, SUM_ROWS) * size,

@@ -414,16 +414,17 @@ class _Branches:
 
     def __init__(self, labels: Tensor, token_weights: Tensor | None) -> None:
         by_pair = torch.arange(labels.shape[0], device=labels.device).view(2, -1).T  # (P, 2) branches
-        self._keep = labels[by_pair] != -100  # (P, 2, L)
+        labelled = labels != -100  # (2P, L)
+        self._keep = labelled[by_pair]  # (P, 2, L)
         pair, side, self._columns = self._keep.nonzero(as_tuple=True)
         self._branches = by_pair[pair, side]
         self.targets = labels[self._branches, self._columns]
-        counts = (labels != -100).sum(dim=1)  # (2P,)
+        counts = labelled.sum(dim=1)  # (2P,)
         self._rows_of_pair = counts.view(2, -1).sum(dim=0)  # (P,)
         self.lengths, self._factors = counts, None
         if token_weights is not None:
             factors = _token_weights(token_weights, labels.shape)
-            self.lengths = factors.masked_fill(labels == -100, 0).sum(dim=1, dtype=torch.float64)
+            self.lengths = factors.masked_fill(~labelled, 0).sum(dim=1, dtype=torch.float64)
             self._factors = factors[self._branches, self._columns]
 
     def ends(self) -> list[int]:

@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 
+def refuse_second_derivative(what: str) -> None:
+    """Raises RuntimeError in a backward that is to be differentiated, which runs with gradients enabled."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{what} has no second derivative; use impl='reference'")
+
+
 def check_below(index: Tensor, size: int, name: str, where: str) -> None:
     """Raises ValueError where an entry of `index` (N,) int64 is not in [0, size), as in "chosen holds 7, outside ...".
 

@@ -255,9 +255,8 @@ def _head(sizes: ModelSizes, rows: int, width: int, sharded: bool) -> int:
         return logits + logits // 2 + sums  # and what becomes of them, in bfloat16
     most = max(2 * sizes.hidden, 4 * CHUNK_ROWS)
     kept = 2 * min(rows, most) * sizes.vocabulary
-    if (
-        4 * rows > 5 * most and most * sizes.vocabulary * sizes.hidden >= LEAST_WORK
-    ):  # gradients are taken in forward, group by group, into a float32 sum
+    # Then gradients are taken in forward, group by group, into a float32 sum.
+    if 4 * rows > 5 * most and most * sizes.vocabulary * sizes.hidden >= LEAST_WORK:
         kept += 4 * sizes.vocabulary * sizes.hidden
     # The head's gradient beside the sum so far; under FSDP and ZeRO-3 it is among what is gathered.
     gradient = 0 if sharded else (width + (sizes.full if sizes.full != width else 0)) * sizes.vocabulary * sizes.hidden

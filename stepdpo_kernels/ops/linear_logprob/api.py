@@ -15,16 +15,14 @@ from stepdpo_kernels.ops.checks import check_below
 from stepdpo_kernels.ops.linear_logprob import chunked, cpu_kernel, parallel, reference
 from stepdpo_kernels.ops.linear_logprob.in_forward import (
     Ends,
-    Gradients,
     GroupedLogprob,
     Needs,
     Ready,
-    Run,
     RunGroups,
-    Slope,
     in_groups,
     join_groups,
     logprob_by_groups,
+    loss_gradients,
     slope_of,
 )
 
@@ -170,24 +168,7 @@ class _Problem(NamedTuple):
 
     def by_groups(self, edges: list[int]) -> RunGroups:
         """Holds none of the inputs: autograd has them."""
-        return partial(_run_groups, self.name, self.target, self.options, edges)
-
-
-def _run_groups(
-    name: str,
-    target: Tensor,
-    options: dict[str, float | None],
-    edges: list[int],
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    slope: Slope,
-    needs: Needs,
-) -> tuple[Tensor, Gradients]:
-    run: Run = _IN_FORWARD[name]().loss_gradients
-    rest = (options["softcap"], options["logit_scale"], edges, slope, needs)
-    with torch.autocast(hidden.device.type, enabled=False):  # backward may be called inside
-        return run(hidden, weight, target, bias, *rest)
+        return partial(loss_gradients, _IN_FORWARD[self.name]().Groups, self.target, self.options, edges)
 
 
 def _prepared(

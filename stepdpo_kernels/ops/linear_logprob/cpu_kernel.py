@@ -9,16 +9,15 @@ kept, a frozen head two, log-probs alone one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepdpo_kernels.ops.linear_logprob.in_forward import Gradients, Needs, Slope
+from stepdpo_kernels.ops.checks import refuse_second_derivative
+from stepdpo_kernels.ops.linear_logprob.in_forward import Needs
 
 logger = logging.getLogger("stepdpo_kernels")
 
@@ -114,8 +113,7 @@ def _register() -> None:
         ctx.kept = kept  # not a saved tensor: the first backward may turn it into dW
 
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("linear_logprob's cpu implementation has no second derivative; use impl='reference'")
+        refuse_second_derivative("linear_logprob's cpu implementation")
         hidden, weight, target, bias, row, d_hidden, extra = ctx.saved_tensors
         need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
         if grad is None:
@@ -202,40 +200,40 @@ def group_rows(weight: Tensor) -> int:
     return max(weight.shape[1] // ROW_BLOCK, 1) * ROW_BLOCK
 
 
-def loss_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float | None,
-    edges: Sequence[int],
-    slope: Slope,
-    needs: Needs,
-) -> tuple[Tensor, Gradients]:
-    """As `in_forward.Run`. Groups go through the same memory; the last one's dW is rounded where its E was."""
-    ops = torch.ops.stepdpo_kernels
-    vocabulary, size = weight.shape
-    logp = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    d_hidden = torch.empty_like(hidden) if needs.hidden else None
-    kept = torch.empty(vocabulary if needs.weight else 0, size, dtype=weight.dtype)
-    sums = torch.empty(vocabulary, size) if needs.weight else None
-    d_bias = torch.zeros(vocabulary) if needs.bias else None
-    for start, stop in pairwise(edges):
-        rows = slice(start, stop)
-        problem = (hidden[rows], weight, target[rows], bias, softcap, logit_scale)
-        extra = weight.new_empty(vocabulary * extra_rows(stop - start, size, vocabulary, hidden.element_size()))
-        logp[rows], row, dx = ops.linear_logprob_forward_(*problem, needs.hidden, kept, extra)
-        grad = slope(logp, rows)
-        if d_hidden is not None:
-            d_hidden[rows] = grad[:, None] * dx
-        if sums is None:
-            _, db = ops.linear_logprob_backward(grad, row, kept, extra, *problem, False, needs.bias)
-        elif stop == hidden.shape[0]:
-            db = ops.linear_logprob_backward_(grad, row, kept, extra, *problem, sums if start else None, needs.bias)
+class Groups:
+    """As `in_forward.Groups`. E of each lies where the last one's dW will be, rounded from its float32 sums."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float | None, needs: Needs
+    ) -> None:
+        vocabulary, size = weight.shape
+        self._weight, self._needs, self._rest = weight, needs, (bias, softcap, logit_scale)
+        self._kept = torch.empty(vocabulary if needs.weight else 0, size, dtype=weight.dtype)
+        self._sums = torch.empty(vocabulary, size) if needs.weight else None
+        self._d_bias = torch.zeros(vocabulary) if needs.bias else None
+
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+        vocabulary, size = self._weight.shape
+        self._problem = (hidden, self._weight, target, *self._rest)
+        rows = extra_rows(hidden.shape[0], size, vocabulary, hidden.element_size())
+        self._extra = self._weight.new_empty(vocabulary * rows)
+        logp, self._row, self._d_hidden = torch.ops.stepdpo_kernels.linear_logprob_forward_(
+            *self._problem, self._needs.hidden, self._kept, self._extra
+        )
+        return logp
+
+    def backward(self, grad: Tensor, *, first: bool, last: bool) -> Tensor | None:
+        ops, need_bias = torch.ops.stepdpo_kernels, self._needs.bias
+        given = (grad, self._row, self._kept, self._extra, *self._problem)
+        if self._sums is None:
+            _, db = ops.linear_logprob_backward(*given, False, need_bias)
+        elif last:
+            db = ops.linear_logprob_backward_(*given, None if first else self._sums, need_bias)
         else:
-            db = ops.linear_logprob_backward_to_sums_(grad, row, kept, extra, *problem, sums, start > 0, needs.bias)
-        if d_bias is not None:
-            d_bias += db
-    db = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
-    return logp, Gradients(d_hidden, kept if needs.weight else None, db)
+            db = ops.linear_logprob_backward_to_sums_(*given, self._sums, not first, need_bias)
+        if self._d_bias is not None:
+            self._d_bias += db
+        return grad[:, None] * self._d_hidden if self._needs.hidden else None
+
+    def sums(self) -> tuple[Tensor | None, Tensor | None]:
+        return self._kept if self._needs.weight else None, self._d_bias

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from stepdpo_kernels.ops.checks import refuse_second_derivative
+
 # (log-probs (R,), of which those of a group are there; its rows) -> (rows,) gradient of the loss in them
 Slope = Callable[[Tensor, slice], Tensor]
 # rising, after how many rows a group of them ends, the last one R; or what gives it, for when it is asked
@@ -44,25 +46,50 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-class Run(Protocol):
-    """What an implementation offers: log-probs (R,) and gradients of a loss, over groups of rows between `edges`."""
+class Groups(Protocol):
+    """What an implementation does with groups of rows, one after the other, in memory that they share.
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        softcap: float | None,
-        logit_scale: float | None,
-        edges: Sequence[int],
-        slope: Slope,
-        needs: Needs,
-    ) -> tuple[Tensor, Gradients]: ...
+    Made of weight (V, D), bias (V,), softcap, logit_scale and needs.
+    """
+
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """(rows,) log-probs of a group; what its gradients need is kept."""
+
+    def backward(self, grad: Tensor, *, first: bool, last: bool) -> Tensor | None:
+        """dX (rows, D) of that group in float32, for its upstream gradient (rows,); dW and db are added up."""
+
+    def sums(self) -> tuple[Tensor | None, Tensor | None]:
+        """dW (V, D) in the dtype of the weight and db (V,) in float32, after the last group."""
 
 
-# (hidden, weight, bias, slope, needs), the rest of `Run` being known
+# (hidden, weight, bias, slope, needs) -> log-probs (R,) and gradients, the rest of `loss_gradients` being known
 RunGroups = Callable[[Tensor, Tensor, Tensor | None, Slope, Needs], tuple[Tensor, Gradients]]
+
+
+def loss_gradients(
+    groups_of: Callable[..., Groups],
+    target: Tensor,  # (R,)
+    options: dict[str, float | None],
+    edges: Sequence[int],
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    slope: Slope,
+    needs: Needs,
+) -> tuple[Tensor, Gradients]:
+    """Log-probs (R,) and the gradients of a loss, over the groups of rows between `edges`."""
+    logp = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    d_hidden = torch.empty_like(hidden) if needs.hidden else None
+    with torch.autocast(hidden.device.type, enabled=False):  # backward may be called inside
+        groups = groups_of(weight, bias, **options, needs=needs)
+        for start, stop in pairwise(edges):
+            rows = slice(start, stop)
+            logp[rows] = groups.forward(hidden[rows], target[rows])
+            dx = groups.backward(slope(logp, rows), first=start == 0, last=stop == edges[-1])
+            if d_hidden is not None and dx is not None:
+                d_hidden[rows] = dx
+        d_weight, d_bias = groups.sums()
+    return logp, Gradients(d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype))
 
 
 def in_groups(rows: int, kept: int) -> bool:
@@ -118,7 +145,7 @@ class Ready(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
+        refuse_second_derivative("linear_logprob by groups of rows")
         gradients: Gradients | None = ctx.gradients
         ctx.gradients = None  # handed on, not copied: a second backward through a retained graph has to compute them
         if gradients is None:
@@ -147,15 +174,10 @@ class GroupedLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
+        refuse_second_derivative("linear_logprob by groups of rows")
         needs = Needs(*ctx.needs_input_grad[:3])
         _, gradients = ctx.run(*ctx.saved_tensors, lambda logp, rows: grad[rows], needs)
         return (*gradients, None, None)
-
-
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError("linear_logprob by groups of rows has no second derivative; use impl='reference'")
 
 
 def logprob_by_groups(

@@ -26,7 +26,6 @@ bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -35,8 +34,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepdpo_kernels.ops.checks import refuse_second_derivative
 from stepdpo_kernels.ops.linear_logprob import triton_kernel
-from stepdpo_kernels.ops.linear_logprob.in_forward import Gradients, Needs, Slope
+from stepdpo_kernels.ops.linear_logprob.in_forward import Needs
 from stepdpo_kernels.ops.linear_logprob.triton_kernel import Problem, add_product, around_launches, product, scaled
 
 CHUNK_ROWS = 1024
@@ -364,8 +364,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("linear_logprob in Triton has no second derivative; use impl='reference'")
+    refuse_second_derivative("linear_logprob in Triton")
     if grad is None:
         return (None,) * 8
     hidden, weight, target, bias, stats, d_hidden, kept_q = ctx.saved_tensors
@@ -406,30 +405,26 @@ def group_rows(weight: Tensor) -> int:
     return kept_rows(1 << 40, weight)
 
 
-def loss_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float | None,
-    edges: Sequence[int],
-    slope: Slope,
-    needs: Needs,
-) -> tuple[Tensor, Gradients]:
-    """As `in_forward.Run`."""
-    logp = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    d_hidden = torch.empty_like(hidden) if needs.hidden else None
-    total = weight.new_empty(weight.shape, dtype=torch.float32) if needs.weight else None
-    d_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if needs.bias else None
-    for start, stop in pairwise(edges):
-        rows = slice(start, stop)
-        problem = (hidden[rows], weight, target[rows], bias, softcap, logit_scale)
-        logp[rows], stats, dx, kept_q = _forward(*problem, needs.hidden, True)
-        grad = slope(logp, rows)
-        if d_hidden is not None:
-            d_hidden[rows] = (grad * stats[2])[:, None] * dx
-        add_weight_gradients(Problem(*problem), grad, stats, kept_q, total, d_bias, add=start > 0)
-        del kept_q  # before the next group's
-    d_weight = None if total is None else total.to(weight.dtype)
-    return logp, Gradients(d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype))
+class Groups:
+    """As `in_forward.Groups`. Q of a group is kept until it is added to a float32 dW."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float | None, needs: Needs
+    ) -> None:
+        self._weight, self._needs, self._rest = weight, needs, (bias, softcap, logit_scale)
+        self._d_weight = weight.new_empty(weight.shape, dtype=torch.float32) if needs.weight else None
+        self._d_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if needs.bias else None
+
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+        self._problem = (hidden, self._weight, target, *self._rest)
+        logp, self._stats, self._product, self._q = _forward(*self._problem, self._needs.hidden, True)
+        return logp
+
+    def backward(self, grad: Tensor, *, first: bool, last: bool) -> Tensor | None:
+        p, sums = Problem(*self._problem), (self._d_weight, self._d_bias)
+        add_weight_gradients(p, grad, self._stats, self._q, *sums, add=not first)
+        del self._q  # before the next group's
+        return (grad * self._stats[2])[:, None] * self._product if self._needs.hidden else None
+
+    def sums(self) -> tuple[Tensor | None, Tensor | None]:
+        return None if self._d_weight is None else self._d_weight.to(self._weight.dtype), self._d_bias

@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from stepdpo_kernels.ops.checks import refuse_second_derivative
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -565,8 +567,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("linear_logprob in Triton has no second derivative; use impl='reference'")
+    refuse_second_derivative("linear_logprob in Triton")
     if grad is None:
         return (None,) * 6
     hidden, weight, target, bias, stats = ctx.saved_tensors

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepdpo_kernels.ops.checks import refuse_second_derivative
 from stepdpo_kernels.ops.pair_loss.reference import PairLoss
 from stepdpo_kernels.types import Ragged
 
@@ -244,8 +245,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_losses: Tensor | None, grad_logps: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("pair_loss in Triton has no second derivative; use impl='reference'")
+    refuse_second_derivative("pair_loss in Triton")
     stats, chosen, rejected, t_index, t_lengths = ctx.saved_tensors
     grad = grad_logps
     if grad_losses is not None:

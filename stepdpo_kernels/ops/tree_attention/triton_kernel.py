@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stepdpo_kernels.ops.checks import refuse_second_derivative
 from stepdpo_kernels.ops.linear_logprob.triton_kernel import around_launches, target_of
 from stepdpo_kernels.ops.tree_attention.triton_tiles import Shape, tiles_of
 from stepdpo_kernels.types import TreePlan
@@ -588,8 +589,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("tree_attention in Triton has no second derivative; use impl='reference'")
+    refuse_second_derivative("tree_attention in Triton")
     if grad is None:
         return (None,) * 12
     gradients = _gradients(grad, *ctx.saved_tensors, ctx.scale, ctx.sliding_window, ctx.softcap)
